@@ -1,0 +1,33 @@
+"""Predict spatial gene expression from H&E histology, inside SpatialData.
+
+>>> import hespotex as hx
+
+Namespaces follow scanpy: :mod:`hx.pp <hespotex.pp>` attaches image embeddings, nuclei and graphs,
+:mod:`hx.tl <hespotex.tl>` trains and predicts, :mod:`hx.pl <hespotex.pl>` plots predicted against
+measured. Importing the package loads none of them: each is imported when first touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._settings import settings
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import datasets, encoders, errors, get, io, metrics, models, pl, pp, segmentation, tl
+
+_NAMESPACES = ("datasets", "encoders", "errors", "get", "io", "metrics", "models", "pl", "pp", "segmentation", "tl")
+
+__all__ = [*_NAMESPACES, "__version__", "settings"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMESPACES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,81 @@
+"""Every name under which hespotex stores something.
+
+No other module spells a key out, so a rename is one edit. ``sanitize`` turns any text into a legal
+SpatialData key.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+
+class Keys:
+    """Default keys of the storage contract."""
+
+    NAMESPACE: Final = "hespotex"  # uns["hespotex"], sdata.attrs["hespotex"]
+
+    # coordinate systems
+    MICRONS: Final = "microns"
+
+    # elements
+    IMAGE: Final = "image"
+    SPOTS: Final = "spots"
+    TABLE: Final = "table"
+    TISSUE: Final = "tissue"
+    TISSUE_MASK_SUFFIX: Final = "_tissue"  # squidpy: labels["<image>_tissue"]
+    TISSUE_LAZYSLIDE: Final = "tissues"
+    TILES: Final = "tiles"
+    NUCLEI: Final = "nuclei"
+    NUCLEI_LABELS: Final = "nuclei_labels"
+    NUCLEI_TABLE: Final = "nuclei_features"
+
+    # columns
+    REGION: Final = "region"
+    INSTANCE: Final = "spot_id"
+    TILE_ID: Final = "tile_id"
+    NUCLEUS_ID: Final = "nucleus_id"
+    ARRAY_ROW: Final = "array_row"
+    ARRAY_COL: Final = "array_col"
+    PATIENT: Final = "patient"
+    IN_TISSUE: Final = "in_tissue"
+    N_NUCLEI: Final = "n_nuclei"
+    N_NUCLEI_WINDOW: Final = "n_nuclei_window"
+    TARGET: Final = "hespotex_target"
+
+    # arrays
+    SPATIAL: Final = "spatial"
+    CONNECTIVITIES: Final = "spatial_connectivities"
+    DISTANCES: Final = "spatial_distances"
+    MEASURED: Final = "measured"
+
+    @staticmethod
+    def embedding(encoder: str) -> str:
+        """``obsm`` key of an embedding."""
+        return f"X_{sanitize(encoder)}"
+
+    @staticmethod
+    def embedding_table(encoder: str, shapes_key: str) -> str:
+        """Table that holds an embedding of shapes that have no table of their own."""
+        return f"{sanitize(encoder)}_{sanitize(shapes_key)}"
+
+    @staticmethod
+    def padded(encoder: str) -> str:
+        """``obs`` flag of observations whose tile reached beyond the image."""
+        return f"{sanitize(encoder)}_padded"
+
+    @staticmethod
+    def prediction_table(key: str, shapes_key: str) -> str:
+        """Table of a prediction for shapes that carry no measurement."""
+        return f"{sanitize(key)}_{sanitize(shapes_key)}"
+
+    @staticmethod
+    def derived(key: str, what: str) -> str:
+        """Companion of a prediction: ``std``, ``lower``, ``upper``, ``samples``, ``ood``, ``fold``, ``pearson``…"""
+        return f"{key}_{what}"
+
+
+def sanitize(text: str) -> str:
+    """Turn `text` into a legal SpatialData key: letters, digits, ``_ . -``, no leading ``__``."""
+    key = re.sub(r"[^\w.-]+", "_", text, flags=re.UNICODE).strip("_")
+    return key or "unnamed"

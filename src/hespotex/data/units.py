@@ -1,0 +1,57 @@
+"""Units of expression and the one function that turns counts into each.
+
+A prediction carries the name of its unit, and comparing two units is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+import numpy as np
+from scipy import sparse
+
+from ..errors import DataValueError
+
+__all__ = ["UNITS", "Unit", "check_unit", "normalize"]
+
+Unit = Literal["log1p_cp10k", "log1p_cpm_panel", "counts"]
+UNITS: Final[tuple[str, ...]] = get_args(Unit)
+
+
+def check_unit(unit: str) -> str:
+    """Return `unit`, or raise if it is none of :data:`UNITS`."""
+    if unit not in UNITS:
+        raise DataValueError(f"unit={unit!r} is unknown; possible: {', '.join(map(repr, UNITS))}")
+    return unit
+
+
+def normalize(
+    counts: np.ndarray | sparse.sparray | sparse.spmatrix, library_size: np.ndarray, unit: str = "log1p_cp10k"
+) -> np.ndarray:
+    """Counts of a gene panel in `unit`, dense float32.
+
+    Parameters
+    ----------
+    counts
+        Raw counts of the panel, (n, G).
+    library_size
+        Total count of each observation over *all* genes of the assay, (n,).
+    unit
+        ``"log1p_cp10k"``: log1p of counts per 10,000 of the full library (default);
+        ``"log1p_cpm_panel"``: log1p of counts per million within the panel (HESpotEx as published);
+        ``"counts"``: unchanged.
+
+    Notes
+    -----
+    An observation without counts stays all zero.
+    """
+    check_unit(unit)
+    values = np.asarray(counts.toarray() if sparse.issparse(counts) else counts, dtype=np.float64)
+    if unit == "counts":
+        return values.astype(np.float32)
+    if unit == "log1p_cp10k":
+        total, target = np.asarray(library_size, dtype=np.float64), 1e4
+    else:
+        total, target = values.sum(axis=1), 1e6
+    scale = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
+    return np.log1p(values * scale[:, None]).astype(np.float32)

@@ -1,0 +1,176 @@
+"""The protocol every method follows: fit on sections, predict a section in row blocks, give and take its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+
+from ..data.section import Level, Prediction, Section
+from ..errors import DataTypeError, DataValueError, ModelMismatchError
+from ._recipe import Recipe
+
+__all__ = ["Model", "ModelInfo", "Run", "check_sections"]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method needs and does; shown by :func:`hespotex.models.available`."""
+
+    name: str
+    summary: str
+    level: Level = "spot"
+    task: str = "transfer"  # or "in-sample"
+    needs: tuple[str, ...] = ("embedding",)  # of: embedding, graph, nuclei, image
+    uncertainty: bool = False
+    presets: tuple[str, ...] = ()
+    paper: str = ""  # DOI
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to fit, as opposed to what: nothing here changes the method."""
+
+    seed: int = 0
+    device: str = "auto"
+    precision: str | None = None  # Lightning's word; None: 16-bit mixed on CUDA, 32-bit elsewhere
+    progress_bar: bool = False
+    checkpoint_dir: Path | None = None  # where an interrupted fit resumes from
+
+
+class Model(ABC, Generic[Config]):
+    """Base of all methods.
+
+    A subclass names its frozen config dataclass and its description, and implements :meth:`fit`,
+    :meth:`predict_blocks`, :meth:`state` and :meth:`load_state`.
+
+    Parameters
+    ----------
+    config
+        Instance of :attr:`Config`, a mapping of its fields, or ``None`` for the defaults.
+    options
+        Single fields of the config, overriding `config`.
+    """
+
+    Config: ClassVar[type]
+    info: ClassVar[ModelInfo]
+
+    def __init__(self, config: Any | Mapping[str, Any] | None = None, **options: Any) -> None:
+        self.config: Config = _resolve_config(self.Config, config, options)
+        self.recipe: Recipe | None = None  # set by tl.train and by loading
+        self.genes: tuple[str, ...] = ()
+        self.unit: str = ""
+        self.n_features: int = 0
+        self.history: list[dict[str, float]] = []  # one row per epoch, for pl.training
+
+    @classmethod
+    def preset(cls, name: str) -> Any:
+        """Config of a named preset; the base knows only ``"default"``."""
+        if name != "default":
+            raise DataValueError(f"preset={name!r} is unknown to {cls.info.name!r}; it has 'default'")
+        return cls.Config()
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the model has been fitted."""
+        return bool(self.genes)
+
+    @abstractmethod
+    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+        """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
+
+    @abstractmethod
+    def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
+        """Yield the prediction in consecutive row blocks of at most `block_rows`."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Fitted state: arrays by name, and plain JSON values."""
+
+    @abstractmethod
+    def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state`; the config is already set."""
+
+    def predict(self, section: Section, *, block_rows: int = 8192) -> Prediction:
+        """Predict all observations of `section`, with or without measured expression."""
+        return Prediction.concatenate(list(self.predict_blocks(section, block_rows=block_rows)))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the fitted model as a folder of safetensors and JSON; see :func:`hespotex.models.load`."""
+        from ._checkpoint import save
+
+        return save(self, path, overwrite=overwrite)
+
+    def _begin(self, sections: Sequence[Section]) -> None:
+        """Check the training sections and remember what they agree on."""
+        self.genes, self.unit, self.n_features = check_sections(sections)
+
+    def _check_section(self, section: Section) -> None:
+        """Raise unless `section` fits the fitted model."""
+        if not self.is_fitted:
+            raise ModelMismatchError(f"this {self.info.name!r} model is not fitted; call hx.tl.train first")
+        if section.features.shape[1] != self.n_features:
+            raise ModelMismatchError(
+                f"section {section.name!r} has {section.features.shape[1]} features per observation, the model was "
+                f"trained on {self.n_features}; embed it with the model's own encoder: hx.tl.predict(sdata, model)"
+            )
+
+    def __repr__(self) -> str:
+        fitted = f"{len(self.genes)} genes, unit {self.unit!r}" if self.is_fitted else "not fitted"
+        return f"{type(self).__name__}({fitted})"
+
+
+def check_sections(sections: Sequence[Section]) -> tuple[tuple[str, ...], str, int]:
+    """Genes, unit and feature width that all training sections agree on, or an error."""
+    if isinstance(sections, Section):
+        raise DataTypeError("sections must be a sequence of Section, got a single Section; wrap it in a list")
+    if not sections:
+        raise DataValueError("sections is empty: at least one section is needed to fit a model")
+    first = sections[0].require_targets()
+    if not first.genes:
+        raise DataValueError("the gene panel is empty; choose genes with hx.pp.select_genes")
+    for section in sections:
+        targets = section.require_targets()
+        if targets.genes != first.genes or targets.unit != first.unit:
+            raise DataValueError(f"section {section.name!r} differs from {sections[0].name!r} in genes or unit")
+        if section.features.shape[1] != sections[0].features.shape[1]:
+            raise DataValueError(
+                f"section {section.name!r} has {section.features.shape[1]} features, "
+                f"{sections[0].name!r} has {sections[0].features.shape[1]}: embed both with one encoder"
+            )
+        if section.n_obs == 0:
+            raise DataValueError(f"section {section.name!r} has no observations")
+    names = [section.name for section in sections]
+    if len(set(names)) != len(names):
+        raise DataValueError(f"section names must be unique, got {names}")
+    return first.genes, first.unit, int(sections[0].features.shape[1])
+
+
+def _resolve_config(kind: type, config: Any, options: Mapping[str, Any]) -> Any:
+    """An instance of the config dataclass `kind` from an instance, a mapping or nothing, plus single options."""
+    if config is None:
+        config = {}
+    if isinstance(config, Mapping):
+        values = {**config, **options}
+        known = {f.name for f in fields(kind)}
+        if unknown := sorted(set(values) - known):
+            raise DataValueError(
+                f"{kind.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}"
+            )
+        return kind(**values)
+    if isinstance(config, kind):
+        return replace(config, **options) if options else config
+    raise DataTypeError(f"config must be a {kind.__name__}, a mapping or None, got {type(config).__name__}")
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """Plain JSON values of a config dataclass."""
+    if not is_dataclass(config):
+        raise DataTypeError(f"a model's config must be a dataclass, got {type(config).__name__}")
+    return asdict(config)
