@@ -1,0 +1,5 @@
+"""Tools: train, predict, evaluate."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
