@@ -1,0 +1,194 @@
+"""Colour of H&E as absorbance: optical density and the amounts of its two dyes.
+
+Light that passes a stained section is absorbed exponentially (Beer-Lambert), so the optical density of a pixel is
+linear in the amounts of haematoxylin and eosin, and a 3 x 3 matrix separates them (Ruifrok & Johnston 2001). As a
+channel has 256 values only, each dye is the sum of three table look-ups: no logarithm is taken per pixel.
+
+Everything here is a pure function of arrays; images are (h, w, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+__all__ = [
+    "HE_VECTORS",
+    "deconvolve",
+    "estimate_stains",
+    "haematoxylin",
+    "optical_density",
+    "stain_tables",
+]
+
+#: Absorbance of haematoxylin and eosin in red, green and blue, unit length (Ruifrok & Johnston 2001), (2, 3).
+HE_VECTORS: Final = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]]) / np.linalg.norm(
+    [[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]], axis=1, keepdims=True
+)
+
+_WHITE: Final = 255.0
+# A black pixel would be infinitely dense; half a grey level keeps 0 apart from 1 and all values finite.
+_FLOOR: Final = 0.5
+
+
+def _density_table(white: float) -> np.ndarray:
+    """Optical density of the 256 values of a channel, (256,)."""
+    return np.log10(white / np.maximum(np.arange(256.0), _FLOOR))
+
+
+def _as_white(white: np.ndarray | float) -> np.ndarray:
+    return np.broadcast_to(np.asarray(white, dtype=float), (3,))
+
+
+def optical_density(rgb: np.ndarray, *, white: np.ndarray | float = _WHITE) -> np.ndarray:
+    """Optical density ``log10(white / value)`` of each channel.
+
+    Parameters
+    ----------
+    rgb
+        Image, (..., 3) uint8.
+    white
+        Value of unstained glass, one number or one per channel. Pixels brighter than it get a negative density.
+
+    Returns
+    -------
+    (..., 3) float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> optical_density(np.array([255, 26, 255], np.uint8)).round(2).tolist()
+    [0.0, 0.99, 0.0]
+    """
+    out = np.empty(rgb.shape, np.float32)
+    for channel, value in enumerate(_as_white(white)):
+        out[..., channel] = _density_table(value).astype(np.float32)[rgb[..., channel]]
+    return out
+
+
+def stain_tables(vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float = _WHITE) -> np.ndarray:
+    """Tables that turn channel values into amounts of dye.
+
+    The amount of dye ``s`` in a pixel is ``tables[s, 0, r] + tables[s, 1, g] + tables[s, 2, b]``. The third dye is
+    the residual: density that neither vector explains (pigment, ink, glass).
+
+    Parameters
+    ----------
+    vectors
+        Absorbance of the two dyes in red, green and blue, (2, 3), of any length.
+    white
+        Value of unstained glass, one number or one per channel.
+
+    Returns
+    -------
+    (3, 3, 256) float32: dye (haematoxylin, eosin, residual), channel, value.
+    """
+    first, second = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    residual = np.cross(first, second)
+    matrix = np.stack([first, second, residual / np.linalg.norm(residual)])
+    density = np.stack([_density_table(value) for value in _as_white(white)])
+    # density = amounts @ matrix, hence amounts = density @ inv(matrix)
+    return np.ascontiguousarray(np.linalg.inv(matrix).T[:, :, None] * density[None], dtype=np.float32)
+
+
+def deconvolve(rgb: np.ndarray, vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float = _WHITE) -> np.ndarray:
+    """Amounts of haematoxylin, eosin and residual in each pixel.
+
+    Parameters
+    ----------
+    rgb
+        Image, (h, w, 3) uint8.
+    vectors
+        Absorbance of the two dyes, (2, 3).
+    white
+        Value of unstained glass, one number or one per channel.
+
+    Returns
+    -------
+    (3, h, w) float32, in units of optical density; small negative amounts are noise and are kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> glass = np.full((1, 1, 3), 255, np.uint8)
+    >>> deconvolve(glass).ravel().tolist()
+    [0.0, 0.0, 0.0]
+    """
+    return np.stack([_apply(rgb, table) for table in stain_tables(vectors, white=white)])
+
+
+def haematoxylin(
+    rgb: np.ndarray, vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float = _WHITE
+) -> np.ndarray:
+    """Amount of haematoxylin in each pixel: what makes nuclei dark.
+
+    Parameters
+    ----------
+    rgb
+        Image, (h, w, 3) uint8.
+    vectors, white
+        As in :func:`deconvolve`, whose first plane this is.
+
+    Returns
+    -------
+    (h, w) float32.
+    """
+    return _apply(rgb, stain_tables(vectors, white=white)[0])
+
+
+def _apply(rgb: np.ndarray, table: np.ndarray) -> np.ndarray:
+    amount = np.take(table[0], rgb[..., 0])
+    amount += np.take(table[1], rgb[..., 1])
+    amount += np.take(table[2], rgb[..., 2])
+    return amount
+
+
+def estimate_stains(
+    rgb: np.ndarray,
+    *,
+    white: np.ndarray | float = _WHITE,
+    min_density: float = 0.15,
+    percentile: float = 1.0,
+    max_pixels: int = 200_000,
+) -> np.ndarray:
+    """Stain vectors of an image by the method of Macenko et al. (2009), or the usual ones where it cannot tell.
+
+    The densities of stained pixels span a plane; in it the two dyes are the extreme directions.
+
+    Parameters
+    ----------
+    rgb
+        Image or list of pixels, (..., 3) uint8.
+    white
+        Value of unstained glass, one number or one per channel.
+    min_density
+        Pixels are stained if each channel is denser than this.
+    percentile
+        Directions beyond this percentile on either side count as noise.
+    max_pixels
+        At most so many evenly spaced pixels are looked at; there is no randomness.
+
+    Returns
+    -------
+    (2, 3) unit vectors, haematoxylin first; :data:`HE_VECTORS` if fewer than 100 pixels are stained, or if the
+    directions found are less than 8 degrees apart (one dye) or not positive.
+    """
+    pixels = rgb.reshape(-1, 3)
+    pixels = pixels[:: max(1, -(-len(pixels) // max_pixels))]
+    density = optical_density(pixels, white=white).astype(float)
+    density = density[(density > min_density).all(axis=1)]
+    if len(density) < 100:
+        return HE_VECTORS.copy()
+    _, axes = np.linalg.eigh(np.cov(density.T))
+    plane = axes[:, [2, 1]]
+    plane = plane * np.where(plane.sum(axis=0) < 0, -1.0, 1.0)
+    angles = np.arctan2(density @ plane[:, 1], density @ plane[:, 0])
+    low, high = np.percentile(angles, [percentile, 100 - percentile])
+    found = np.stack([plane @ (np.cos(angle), np.sin(angle)) for angle in (low, high)])
+    if high - low < np.deg2rad(8) or (found < -0.05).any():
+        return HE_VECTORS.copy()
+    found = np.maximum(found, 0)
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    # Haematoxylin is the dye that absorbs more red for its green.
+    return found[np.argsort(-found[:, 0] / np.maximum(found[:, 1], 1e-6))]
