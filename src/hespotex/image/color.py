@@ -58,8 +58,8 @@ def optical_density(rgb: np.ndarray, *, white: np.ndarray | float = _WHITE) -> n
     Examples
     --------
     >>> import numpy as np
-    >>> optical_density(np.array([255, 26, 255], np.uint8)).round(2).tolist()
-    [0.0, 0.99, 0.0]
+    >>> print(optical_density(np.array([255, 26, 255], np.uint8)).round(2))
+    [0.   0.99 0.  ]
     """
     out = np.empty(rgb.shape, np.float32)
     for channel, value in enumerate(_as_white(white)):
