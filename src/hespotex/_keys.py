@@ -14,6 +14,7 @@ class Keys:
     """Default keys of the storage contract."""
 
     NAMESPACE: Final = "hespotex"  # uns["hespotex"], sdata.attrs["hespotex"]
+    TABLE_ROLE: Final = "table_role"  # uns["hespotex"]["table_role"] of a table of our making
 
     # coordinate systems
     MICRONS: Final = "microns"
@@ -71,7 +72,7 @@ class Keys:
 
     @staticmethod
     def derived(key: str, what: str) -> str:
-        """Companion of a prediction: ``std``, ``lower``, ``upper``, ``samples``, ``ood``, ``fold``, ``pearson``…"""
+        """Companion of a prediction: ``std``, ``lower``, ``upper``, ``samples``, ``ood``, ``fold``, or a score."""
         return f"{key}_{what}"
 
 

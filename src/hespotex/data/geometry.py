@@ -1,17 +1,52 @@
-"""Where things lie: images, spots and microns. The only module that composes SpatialData's transformations."""
+"""Where things lie: images, spots and microns. The only module that composes SpatialData's transformations.
+
+Positions are (x right, y down) in pixels of an image's finest level, where pixel *i* covers [i, i + 1).
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._keys import Keys
+from .._logging import logger
+from ..errors import (
+    AmbiguousKeyError,
+    DataTypeError,
+    DataValueError,
+    GeometryError,
+    HespotexWarning,
+    ImageFormatError,
+    MissingKeyError,
+    ScaleError,
+)
+from .lattice import visium_pitch
+
 if TYPE_CHECKING:
     import dask.array as da
+    from geopandas import GeoDataFrame, GeoSeries
     from spatialdata import SpatialData
+    from spatialdata.transformations import BaseTransformation
 
-__all__ = ["Level", "Slide", "resolve_slide", "shape_centres", "shape_radius"]
+__all__ = [
+    "Level",
+    "Slide",
+    "image_transformations",
+    "resolve_slide",
+    "shape_centres",
+    "shape_geometries",
+    "shape_radius",
+]
+
+MAX_ANISOTROPY = 0.03  # beyond it one number cannot stand for the scale of both axes
+MAX_UPSAMPLING = 2.0
+LEVEL_SLACK = 1.01  # stored mpp are rounded: 0.5002 µm/px serves a wish for 0.5
+PREVIEW_MPP = 2.0  # coarser than this, no nucleus is resolved: previews of Visium have 3-10 µm/px
+VISIUM_PITCH_UM = 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +92,323 @@ class Slide:
         ScaleError
             If `mpp` is finer than half the slide's own.
         """
-        ...
+        if not np.isfinite(mpp) or mpp <= 0:
+            raise ScaleError(f"mpp={mpp!r} must be a positive number of µm per pixel")
+        if mpp * MAX_UPSAMPLING * LEVEL_SLACK < self.mpp:
+            raise ScaleError(
+                f"image {self.key!r} has {self.mpp:.3g} µm/px; reading it at {mpp:.3g} µm/px would enlarge it "
+                f"{self.mpp / mpp:.1f}-fold, and more than {MAX_UPSAMPLING:g}-fold invents detail. "
+                f"Use mpp={self.mpp / MAX_UPSAMPLING:.3g} or coarser, or the full-resolution image"
+            )
+        fine_enough = [level for level in self.levels if self.mpp * level.downsample <= mpp * LEVEL_SLACK]
+        return max(fine_enough, key=lambda level: level.downsample, default=self.levels[0])
 
     def microns(self, pixels: np.ndarray) -> np.ndarray:
         """Positions in µm of level-0 pixel positions (n, 2)."""
-        ...
+        return _apply(self.to_microns, pixels)
+
+    def contains(self, pixels: np.ndarray) -> np.ndarray:
+        """Whether each of the level-0 pixel positions (n, 2) lies on the image, (n,) bool."""
+        height, width = self.shape
+        return ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
 
 
 def resolve_slide(
     sdata: SpatialData, *, image_key: str | None = None, coordinate_system: str | None = None, mpp: float | None = None
 ) -> Slide:
-    """The one RGB image of `sdata` (or the one named), with its scale; see the storage contract for how mpp is found."""
-    ...
+    """The one RGB image of `sdata` (or the one named), with its scale.
+
+    The scale is, in this order: `mpp`; the image's transformation to the coordinate system in µm; the spacing
+    of Visium spots (100 µm) that lie on the image. It is never guessed.
+
+    Parameters
+    ----------
+    sdata
+        Object with an 8-bit RGB image (c, y, x), single- or multiscale.
+    image_key
+        Name in ``sdata.images``; may be left out where there is only one.
+    coordinate_system
+        Coordinate system in µm; ``"microns"`` by default.
+    mpp
+        µm per pixel of the finest level, overriding what is stored.
+
+    Raises
+    ------
+    MissingKeyError, AmbiguousKeyError
+        If there is no such image, or several and none named.
+    ImageFormatError
+        If the image is not 8-bit RGB.
+    ScaleError
+        If the pixel size is unknown, or differs between x and y by more than 3 %.
+
+    Warns
+    -----
+    HespotexWarning
+        If a pixel is so large that the image is probably a preview.
+    """
+    key = _image_key(sdata, image_key)
+    levels = _levels(key, sdata.images[key])
+    to_microns = _to_microns(sdata, key, coordinate_system or Keys.MICRONS, required=coordinate_system is not None)
+    if mpp is not None:
+        if not np.isfinite(mpp) or mpp <= 0:
+            raise ScaleError(f"mpp={mpp!r} must be a positive number of µm per pixel")
+        if to_microns is None:
+            to_microns = np.diag([mpp, mpp, 1.0])
+        else:
+            to_microns = np.diag([mpp / _isotropic(key, to_microns)] * 2 + [1.0]) @ to_microns
+    if to_microns is None:
+        spacing = _mpp_from_visium(sdata, key)
+        if spacing is None:
+            raise ScaleError(
+                f"the pixel size of image {key!r} is unknown: it has no transformation to a coordinate system "
+                f"{Keys.MICRONS!r} and no Visium spots to measure it by. Give it once with "
+                f"hx.pp.set_scale(sdata, mpp=...), or per call with mpp="
+            )
+        to_microns = np.diag([spacing, spacing, 1.0])
+    slide = Slide(key=key, levels=levels, mpp=_isotropic(key, to_microns), to_microns=to_microns)
+    if slide.mpp > PREVIEW_MPP:
+        warnings.warn(
+            f"image {key!r} has {slide.mpp:.3g} µm/px, at which nuclei are not resolved: it is probably a downscaled "
+            f"preview. Predictions are better from the full-resolution image",
+            HespotexWarning,
+            stacklevel=3,
+        )
+    return slide
 
 
 def shape_centres(sdata: SpatialData, shapes_key: str, slide: Slide) -> np.ndarray:
-    """Centres (x, y) of the shapes in level-0 pixels of `slide`, (n, 2), in the order of the shapes."""
-    ...
+    """Centres (x, y) of the shapes in level-0 pixels of `slide`, (n, 2), in the order of the shapes.
+
+    Raises
+    ------
+    MissingKeyError
+        If there are no such shapes.
+    GeometryError
+        If shapes and image share no coordinate system, or two that contradict each other.
+    """
+    centroids = _shapes(sdata, shapes_key).geometry.centroid
+    xy = np.column_stack([centroids.x.to_numpy(), centroids.y.to_numpy()]).astype(np.float64)
+    return _apply(_to_pixels(sdata, shapes_key, slide.key), xy)
 
 
-def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> Any:
+def shape_geometries(sdata: SpatialData, shapes_key: str, slide: Slide) -> GeoSeries:
+    """Outlines of the shapes in level-0 pixels of `slide`; circles become polygons."""
+    shapes = _shapes(sdata, shapes_key)
+    geometry = shapes.geometry
+    if "radius" in shapes and (geometry.geom_type == "Point").all():
+        geometry = geometry.buffer(shapes["radius"])
+    matrix = _to_pixels(sdata, shapes_key, slide.key)
+    return geometry.affine_transform([*matrix[0, :2], *matrix[1, :2], matrix[0, 2], matrix[1, 2]])
+
+
+def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> float:
     """Median radius in µm of the shapes (half the mean side for polygons)."""
-    ...
+    shapes = _shapes(sdata, shapes_key)
+    if len(shapes) == 0:
+        raise GeometryError(f"shapes {shapes_key!r} are empty, so they have no size")
+    points = (shapes.geometry.geom_type == "Point").all()
+    if points and "radius" not in shapes:
+        raise GeometryError(f"shapes {shapes_key!r} are points without a column 'radius', so they have no size")
+    radius = shapes["radius"].to_numpy() if points else np.sqrt(shapes.geometry.area.to_numpy()) / 2
+    linear = _to_pixels(sdata, shapes_key, slide.key)[:2, :2]
+    return float(np.median(radius) * np.sqrt(abs(np.linalg.det(linear))) * slide.mpp)
+
+
+def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
+    """All transformations of an image: what an element in its level-0 pixels must carry, too."""
+    return _transformations(sdata.images[image_key])
+
+
+def _image_key(sdata: SpatialData, image_key: str | None) -> str:
+    if not hasattr(sdata, "images"):
+        raise DataTypeError(f"a SpatialData with an image is needed, got {type(sdata).__name__}")
+    there = list(sdata.images)
+    if image_key is not None:
+        if image_key not in there:
+            raise MissingKeyError(f"image_key={image_key!r} is not among the images {there}")
+        return image_key
+    if not there:
+        raise MissingKeyError("the object holds no image; add the H&E to sdata.images or read it with hx.io")
+    if len(there) > 1:
+        full = [name for name in there if name.endswith("_full_image")]
+        advice = f"; the full-resolution one is image_key={full[0]!r}" if len(full) == 1 else ""
+        raise AmbiguousKeyError(f"there are several images, name one with image_key=: {there}{advice}")
+    return there[0]
+
+
+def _levels(key: str, image: Any) -> tuple[Level, ...]:
+    import dask.array as da
+    from spatialdata import get_pyramid_levels
+    from xarray import DataArray
+
+    arrays = [image] if isinstance(image, DataArray) else list(get_pyramid_levels(image))
+    arrays = [_check_rgb(key, array).transpose("c", "y", "x") for array in arrays]
+    height, width = arrays[0].shape[1:]
+    if 0 in (height, width):
+        raise ImageFormatError(f"image {key!r} is empty: {width} × {height} px")
+    return tuple(
+        Level(
+            array=array.data if isinstance(array.data, da.Array) else da.from_array(array.data),
+            downsample=float(np.sqrt(height / array.shape[1] * width / array.shape[2])),
+        )
+        for array in arrays
+    )
+
+
+def _check_rgb(key: str, array: Any) -> Any:
+    channels = array.sizes.get("c", 1)
+    if channels == 4:
+        raise ImageFormatError(
+            f"image {key!r} has 4 channels (RGBA?); drop the alpha channel: image.isel(c=slice(0, 3))"
+        )
+    if channels != 3:
+        raise ImageFormatError(
+            f"image {key!r} has {channels} channel{'s' * (channels != 1)}; an H&E image has 3 (red, green, blue). "
+            f"If it was read with axes in another order, pass dims= to Image2DModel.parse"
+        )
+    if array.dtype != np.uint8:
+        fix = (
+            "scale it to 0-255 and cast: (image * 255).astype('uint8') for values in [0, 1]"
+            if array.dtype.kind == "f"
+            else "rescale it to 0-255, for 16 bit: (image // 257).astype('uint8')"
+        )
+        raise ImageFormatError(f"image {key!r} is {array.dtype}, 8-bit RGB (uint8) is needed; {fix}")
+    return array
+
+
+def _transformations(element: Any) -> dict[str, BaseTransformation]:
+    from spatialdata.transformations import get_transformation
+
+    return get_transformation(element, get_all=True)
+
+
+def _matrix(transformation: BaseTransformation) -> np.ndarray:
+    return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=np.float64)
+
+
+def _apply(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    return np.asarray(xy, dtype=np.float64) @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def _isotropic(key: str, to_microns: np.ndarray) -> float:
+    """One scale of an affine map: the geometric mean of its singular values, whatever its rotation."""
+    large, small = np.linalg.svd(to_microns[:2, :2], compute_uv=False)
+    if not np.isfinite(large) or small <= 0:
+        raise ScaleError(f"image {key!r}: its transformation to µm is degenerate; set it with hx.pp.set_scale")
+    if large / small - 1 > MAX_ANISOTROPY:
+        raise ScaleError(
+            f"image {key!r} has {large:.4g} µm/px along one axis and {small:.4g} along the other; hespotex needs one "
+            f"scale within {MAX_ANISOTROPY:.0%}. Resample the image to square pixels, or correct its transformation "
+            f"with hx.pp.set_scale"
+        )
+    return float(np.sqrt(large * small))
+
+
+def _to_microns(sdata: SpatialData, key: str, coordinate_system: str, *, required: bool) -> np.ndarray | None:
+    known = _transformations(sdata.images[key])
+    if coordinate_system in known:
+        return _matrix(known[coordinate_system])
+    if required:
+        raise MissingKeyError(f"image {key!r} is not in coordinate_system={coordinate_system!r}, but in {list(known)}")
+    return None
+
+
+def _mpp_from_visium(sdata: SpatialData, image_key: str) -> float | None:
+    """µm per pixel by the spots on the image, if a table says that they lie on Visium's hexagonal array."""
+    for name, positions in _arrays(sdata):
+        try:
+            matrix = _to_pixels(sdata, name, image_key)
+        except GeometryError:
+            continue
+        centroids = sdata.shapes[name].geometry.centroid.loc[positions[Keys.INSTANCE]]
+        xy = _apply(matrix, np.column_stack([centroids.x, centroids.y]))
+        pitch_px = visium_pitch(xy, positions[Keys.ARRAY_ROW], positions[Keys.ARRAY_COL])
+        if pitch_px is not None:
+            mpp = VISIUM_PITCH_UM / pitch_px
+            logger.info("image %r: %.4g µm/px by the 100 µm pitch of the Visium spots %r", image_key, mpp, name)
+            return mpp
+    return None
+
+
+def _arrays(sdata: SpatialData) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Shapes whose table gives an array position to each: name, instance ids, rows and columns of the array."""
+    from spatialdata.models import get_table_keys
+
+    for table in sdata.tables.values():
+        if not {Keys.ARRAY_ROW, Keys.ARRAY_COL} <= set(table.obs.columns) or "spatialdata_attrs" not in table.uns:
+            continue
+        regions, region_key, instance_key = get_table_keys(table)
+        for name in [regions] if isinstance(regions, str) else regions:
+            if name not in sdata.shapes:
+                continue
+            rows = table.obs[(table.obs[region_key] == name) & table.obs[instance_key].isin(sdata.shapes[name].index)]
+            yield (
+                name,
+                {
+                    Keys.INSTANCE: rows[instance_key].to_numpy(),
+                    Keys.ARRAY_ROW: rows[Keys.ARRAY_ROW].to_numpy(dtype=np.float64),
+                    Keys.ARRAY_COL: rows[Keys.ARRAY_COL].to_numpy(dtype=np.float64),
+                },
+            )
+
+
+def _shapes(sdata: SpatialData, shapes_key: str) -> GeoDataFrame:
+    if shapes_key not in sdata.shapes:
+        raise MissingKeyError(f"shapes_key={shapes_key!r} is not among the shapes {list(sdata.shapes)}")
+    return sdata.shapes[shapes_key]
+
+
+def _to_pixels(sdata: SpatialData, shapes_key: str, image_key: str) -> np.ndarray:
+    """Affine map of stored shape coordinates to level-0 pixels: inverse(image → system) ∘ (shapes → system)."""
+    image = _transformations(sdata.images[image_key])
+    shapes = _transformations(sdata.shapes[shapes_key])
+    shared = sorted(set(image) & set(shapes), key=lambda name: (name != Keys.MICRONS, name != "global", name))
+    if not shared:
+        raise GeometryError(
+            f"shapes {shapes_key!r} (in {sorted(shapes)}) and image {image_key!r} (in {sorted(image)}) share no "
+            f"coordinate system; align them with spatialdata.transformations.set_transformation"
+        )
+    try:
+        ways = {name: np.linalg.solve(_matrix(image[name]), _matrix(shapes[name])) for name in shared}
+    except np.linalg.LinAlgError:
+        raise GeometryError(f"a transformation of image {image_key!r} cannot be inverted") from None
+    _check_agreement(sdata.shapes[shapes_key], shapes_key, image_key, ways)
+    return ways[shared[0]]
+
+
+def _check_agreement(shapes: GeoDataFrame, shapes_key: str, image_key: str, ways: dict[str, np.ndarray]) -> None:
+    """Raise if two coordinate systems place the shapes differently: one of them must be wrong."""
+    if len(ways) < 2 or len(shapes) == 0:
+        return
+    left, top, right, bottom = shapes.total_bounds
+    corners = np.array([[left, top], [right, top], [left, bottom], [right, bottom]])
+    (first, matrix), *others = ways.items()
+    expected = _apply(matrix, corners)
+    tolerance = 1 + 1e-3 * np.ptp(expected, axis=0).max()
+    for name, other in others:
+        distance = float(np.abs(_apply(other, corners) - expected).max())
+        if not distance <= tolerance:
+            raise GeometryError(
+                f"coordinate systems {first!r} and {name!r} place shapes {shapes_key!r} {distance:.0f} px apart on "
+                f"image {image_key!r}; remove the wrong one with spatialdata.transformations.remove_transformation"
+            )
+
+
+def check_on_image(slide: Slide, centres: np.ndarray, what: str) -> None:
+    """Raise unless each of `centres` (level-0 pixels) lies on the image.
+
+    Raises
+    ------
+    GeometryError
+        Saying how many do not, and what is the usual cause.
+    """
+    if not np.isfinite(centres).all():
+        raise DataValueError(f"{what}: {int((~np.isfinite(centres)).any(axis=1).sum())} centres are not finite")
+    outside = ~slide.contains(centres)
+    if outside.any():
+        height, width = slide.shape
+        raise GeometryError(
+            f"{int(outside.sum())} of {len(centres)} {what} lie outside image {slide.key!r} ({width} × {height} px), "
+            f"the first at x={centres[outside][0, 0]:.0f}, y={centres[outside][0, 1]:.0f}. Either the coordinates "
+            f"refer to another image, or x and y are swapped, or they should be filtered out first"
+        )

@@ -1,0 +1,102 @@
+"""Lattices that spots lie on: square or hexagonal, and their pitch. Pure functions of coordinates."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+__all__ = ["Lattice", "detect_lattice", "visium_pitch"]
+
+# Measured positions of legacy arrays scatter by a few percent of the pitch; the next distance on a square
+# lattice is 1.41 pitches, so that a fifth separates the two safely.
+DISTANCE_TOLERANCE = 0.2
+MIN_SHARE = 0.8  # of the spots that have a neighbour at the pitch, and of the directions that agree
+MIN_SPOTS = 4
+VISIUM_TOLERANCE = 0.03
+
+
+class Lattice(NamedTuple):
+    """A kind of lattice and the distance between neighbours on it, in the units of the coordinates."""
+
+    kind: Literal["square", "hex"]
+    pitch: float
+
+
+def detect_lattice(coordinates: np.ndarray, region: np.ndarray | None = None) -> Lattice | None:
+    """The lattice that `coordinates` (n, 2) lie on, or ``None`` if they lie on none.
+
+    Directions to the nearest neighbours repeat every 90° on a square lattice and every 60° on a hexagonal one,
+    however the lattice is turned.
+
+    Parameters
+    ----------
+    coordinates
+        Positions, (n, 2).
+    region
+        Region of each position, (n,); all regions are taken to have one lattice, each turned and shifted freely.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, y = np.meshgrid(np.arange(5.0), np.arange(5.0))
+    >>> detect_lattice(np.column_stack([x.ravel(), y.ravel()]) * 200).kind
+    'square'
+    """
+    xy = np.asarray(coordinates, dtype=np.float64)
+    regions = [xy] if region is None else [xy[np.asarray(region) == name] for name in np.unique(region)]
+    regions = [points for points in regions if len(points) >= MIN_SPOTS]
+    if not regions:
+        return None
+    steps = [_steps(points) for points in regions]
+    nearest = np.concatenate([np.hypot(*step[:, 0].T) for step in steps])
+    pitch = float(np.median(nearest))
+    if pitch <= 0 or _near(nearest, pitch).mean() < MIN_SHARE:
+        return None
+    direct = [step[_near(np.hypot(step[..., 0], step[..., 1]), pitch)] for step in steps]
+    pitch = float(np.median(np.hypot(*np.concatenate(direct).T)))
+    square, hexagonal = _order(direct, 4), _order(direct, 6)
+    if max(square, hexagonal) < MIN_SHARE:
+        return None
+    return Lattice("square" if square >= hexagonal else "hex", pitch)
+
+
+def visium_pitch(xy: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> float | None:
+    """Distance of neighbouring spots of a Visium array in the units of `xy`, or ``None`` if it is no such array.
+
+    On Visium's array rows are √3/2 pitches apart and columns half a pitch, every second one of a row being used.
+    The pitch is fitted to all spots, so that no single one decides.
+    """
+    known = np.isfinite(array_row) & np.isfinite(array_col) & np.isfinite(xy).all(axis=1)
+    rows, columns, xy = array_row[known], array_col[known], xy[known]
+    design = np.column_stack([columns, rows, np.ones(len(xy))])
+    if len(xy) < MIN_SPOTS or np.linalg.matrix_rank(design) < 3 or len(np.unique((rows + columns) % 2)) != 1:
+        return None
+    fit = np.linalg.lstsq(design, xy, rcond=None)[0]
+    column, row = fit[0], fit[1]
+    by_column, by_row = 2 * np.hypot(*column), 2 / np.sqrt(3) * np.hypot(*row)
+    if min(by_column, by_row) <= 0:
+        return None
+    pitch = float(np.sqrt(by_column * by_row))
+    equal = abs(by_column / by_row - 1) <= VISIUM_TOLERANCE
+    right_angle = abs(column @ row) <= VISIUM_TOLERANCE * np.hypot(*column) * np.hypot(*row)
+    on_array = np.median(np.hypot(*(design @ fit - xy).T)) <= VISIUM_TOLERANCE * pitch
+    return pitch if equal and right_angle and on_array else None
+
+
+def _steps(points: np.ndarray) -> np.ndarray:
+    """Vectors to the nearest neighbours (at most 6) of each point, nearest first, (n, k, 2)."""
+    _, neighbours = cKDTree(points).query(points, k=min(7, len(points)))
+    return points[neighbours[:, 1:]] - points[:, None, :]
+
+
+def _near(length: np.ndarray, pitch: float) -> np.ndarray:
+    return np.abs(length - pitch) <= DISTANCE_TOLERANCE * pitch
+
+
+def _order(direct: list[np.ndarray], folds: int) -> float:
+    """How well the directions of all regions agree modulo 360° / `folds`: 1 if they do, 0 at random."""
+    per_region = [abs(np.exp(1j * folds * np.arctan2(step[:, 1], step[:, 0])).mean()) for step in direct if len(step)]
+    weights = [len(step) for step in direct if len(step)]
+    return float(np.average(per_region, weights=weights))
