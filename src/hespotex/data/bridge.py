@@ -1,0 +1,335 @@
+"""The one bridge from SpatialData and AnnData to :class:`~hespotex.data.Section`.
+
+Each region of a table is a section of its own: no edge joins two of them and statistics are taken per region.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from .._keys import Keys
+from ..errors import (
+    AmbiguousKeyError,
+    CountsError,
+    DataTypeError,
+    DataValueError,
+    HespotexWarning,
+    MissingKeyError,
+    ScaleError,
+)
+from .counts import check_counts
+from .geometry import resolve_slide
+from .section import Section, Targets
+from .tables import AnnotatedTable, resolve_table, table_centres
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["SectionView", "as_list", "attributes", "embedding_entry", "find_embedding", "sections_from", "views_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class SectionView:
+    """A section and the rows of the table it was made from."""
+
+    section: Section
+    table: AnnotatedTable
+    rows: np.ndarray
+
+
+def as_list(data: SpatialData | AnnData | Sequence[SpatialData | AnnData]) -> list[SpatialData | AnnData]:
+    """One object or several as a list; an error for anything else."""
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    items = [data] if isinstance(data, SpatialData | AnnData) else list(data)
+    if not items:
+        raise DataValueError("sdatas is empty: give at least one SpatialData or AnnData")
+    for item in items:
+        if not isinstance(item, SpatialData | AnnData):
+            raise DataTypeError(f"sdatas must hold SpatialData or AnnData objects, found {type(item).__name__}")
+    return items
+
+
+def attributes(data: SpatialData | AnnData) -> Mapping[str, Any]:
+    """What the readers noted about a section: its name and patient."""
+    from anndata import AnnData
+
+    return data.uns.get(Keys.NAMESPACE, {}) if isinstance(data, AnnData) else data.attrs.get(Keys.NAMESPACE, {})
+
+
+def embedding_entry(adata: AnnData, embedding_key: str) -> Mapping[str, Any]:
+    """Provenance of an embedding; empty if it was not made by :func:`hespotex.pp.embed`."""
+    return adata.uns.get(Keys.NAMESPACE, {}).get(embedding_key, {})
+
+
+def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
+    """The ``obsm`` key of the embedding that is meant.
+
+    Raises
+    ------
+    MissingKeyError, AmbiguousKeyError
+        If there is none, or several and none is named.
+    """
+    if embedding_key is not None:
+        if embedding_key not in adata.obsm:
+            raise MissingKeyError(
+                f"embedding_key={embedding_key!r} is not in obsm, which holds {sorted(adata.obsm)}; "
+                "make an embedding with hx.pp.embed(sdata, encoder)"
+            )
+        return embedding_key
+    candidates = [key for key in adata.obsm if key.startswith("X_") and "encoder" in embedding_entry(adata, key)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise AmbiguousKeyError(f"the table holds several embeddings {sorted(candidates)}; name one with embedding_key=")
+    raise MissingKeyError(
+        f"the table holds no image embedding (obsm: {sorted(adata.obsm)}); make one with hx.pp.embed(sdata), "
+        "or name your own with embedding_key="
+    )
+
+
+def sections_from(
+    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    *,
+    genes: Sequence[str] | None = None,
+    unit: str = "log1p_cp10k",
+    embedding_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    counts_layer: str | None = None,
+    groups: Sequence[str] | str | None = None,
+    min_counts: int = 0,
+    with_edges: bool = False,
+) -> list[Section]:
+    """Sections of one or many objects, named uniquely; see :func:`views_of` for the arguments."""
+    return [
+        view.section
+        for view in views_of(
+            sdatas,
+            genes=genes,
+            unit=unit,
+            embedding_key=embedding_key,
+            table_key=table_key,
+            shapes_key=shapes_key,
+            image_key=image_key,
+            counts_layer=counts_layer,
+            groups=groups,
+            min_counts=min_counts,
+            with_edges=with_edges,
+        )
+    ]
+
+
+def views_of(
+    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    *,
+    genes: Sequence[str] | None = None,
+    unit: str = "log1p_cp10k",
+    embedding_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    counts_layer: str | None = None,
+    groups: Sequence[str] | str | None = None,
+    min_counts: int = 0,
+    with_edges: bool = False,
+) -> list[SectionView]:
+    """One view for each region of each object.
+
+    Parameters
+    ----------
+    sdatas
+        One or many objects.
+    genes
+        Panel of the targets; ``None`` for sections without targets.
+    unit
+        Unit of the targets.
+    embedding_key, table_key, shapes_key, image_key
+        Where to read; each may be left out where there is one candidate.
+    counts_layer
+        Layer of the raw counts, ``X`` by default.
+    groups
+        Patient of each object, or the ``obs`` column that names it; what the readers noted by default.
+    min_counts
+        Observations with fewer counts (over all genes) are left out, with a warning.
+    with_edges
+        Whether the neighbour graph is needed.
+
+    Raises
+    ------
+    MissingKeyError
+        If an embedding or graph is missing; the ``pp`` call that makes it is named.
+    """
+    items = as_list(sdatas)
+    if groups is not None and not isinstance(groups, str) and len(groups) != len(items):
+        raise DataValueError(f"groups names {len(groups)} patients for {len(items)} sections")
+    views: list[SectionView] = []
+    names: set[str] = set()
+    for position, data in enumerate(items):
+        table = resolve_table(data, table_key=table_key, shapes_key=shapes_key)
+        adata = table.adata
+        noted = attributes(data)
+        base = str(noted.get("name") or f"section{position}")
+        coordinates, pixels = _coordinates(data, table, image_key, find_embedding(adata, embedding_key))
+        for code in np.unique(table.region):
+            rows = np.flatnonzero(table.region == code)
+            name = base if len(np.unique(table.region)) == 1 else f"{base}:{_region_name(table, int(code))}"
+            while name in names:
+                name += "'"
+            names.add(name)
+            group = _group(groups, position, adata, rows, noted, name)
+            views.append(
+                _view(
+                    table,
+                    rows,
+                    name,
+                    group,
+                    coordinates,
+                    pixels,
+                    genes=genes,
+                    unit=unit,
+                    embedding_key=find_embedding(adata, embedding_key),
+                    counts_layer=counts_layer,
+                    min_counts=min_counts,
+                    with_edges=with_edges,
+                )
+            )
+    return views
+
+
+def _region_name(table: AnnotatedTable, code: int) -> str:
+    return table.regions[code] if table.regions else str(code)
+
+
+def _group(
+    groups: Sequence[str] | str | None,
+    position: int,
+    adata: AnnData,
+    rows: np.ndarray,
+    noted: Mapping[str, Any],
+    name: str,
+) -> str:
+    column = groups if isinstance(groups, str) else Keys.PATIENT
+    if groups is not None and not isinstance(groups, str):
+        return str(groups[position])
+    if column in adata.obs:
+        values = adata.obs[column].iloc[rows].astype(str).unique()
+        if len(values) > 1:
+            raise DataValueError(f"obs[{column!r}] names {len(values)} patients within section {name!r}: {list(values)}")
+        return str(values[0])
+    if isinstance(groups, str):
+        raise MissingKeyError(f"groups={groups!r} is not a column of obs, which has {list(adata.obs)}")
+    return str(noted.get("patient") or name)
+
+
+def _coordinates(
+    data: SpatialData | AnnData, table: AnnotatedTable, image_key: str | None, embedding_key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres in µm and in pixels of the image."""
+    from anndata import AnnData
+
+    if not isinstance(data, AnnData):
+        slide = resolve_slide(data, image_key=image_key)
+        pixels = table_centres(data, table, slide)
+        return slide.microns(pixels), pixels
+    if Keys.SPATIAL not in data.obsm:
+        raise MissingKeyError(f"the AnnData has no obsm[{Keys.SPATIAL!r}] with the positions of its observations")
+    pixels = np.asarray(data.obsm[Keys.SPATIAL], dtype=np.float64)[:, :2]
+    mpp = embedding_entry(data, embedding_key).get("slide_mpp")
+    if mpp is None:
+        raise ScaleError(
+            f"the scale of obsm[{Keys.SPATIAL!r}] is unknown: the embedding was not made by hx.pp.embed. "
+            f"Note it with adata.uns['hespotex'] = {{{embedding_key!r}: {{'slide_mpp': <µm per unit>}}}}"
+        )
+    return pixels * float(mpp), pixels
+
+
+def _view(
+    table: AnnotatedTable,
+    rows: np.ndarray,
+    name: str,
+    group: str,
+    coordinates: np.ndarray,
+    pixels: np.ndarray,
+    *,
+    genes: Sequence[str] | None,
+    unit: str,
+    embedding_key: str,
+    counts_layer: str | None,
+    min_counts: int,
+    with_edges: bool,
+) -> SectionView:
+    adata = table.adata
+    targets = None
+    if genes is not None:
+        counts, library_size = _counts(adata, rows, genes, counts_layer, name)
+        enough = library_size >= min_counts
+        if not enough.all():
+            warnings.warn(
+                f"section {name!r}: {int((~enough).sum())} of {len(rows)} observations have fewer than {min_counts} "
+                "counts and are left out",
+                HespotexWarning,
+                stacklevel=2,
+            )
+            rows, counts, library_size = rows[enough], counts[enough], library_size[enough]
+        targets = Targets(counts, library_size, tuple(genes), unit)
+    everything = len(rows) == adata.n_obs
+    features = adata.obsm[embedding_key]
+    extras = {
+        key: adata.obs[key].to_numpy(dtype=np.float64)[rows]
+        for key in (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW)
+        if key in adata.obs
+    }
+    section = Section(
+        name=name,
+        ids=adata.obs_names.to_numpy()[rows],
+        features=features if everything else features[rows],
+        coordinates=coordinates[rows],
+        edges=_edges(adata, rows, name) if with_edges else None,
+        targets=targets,
+        group=group,
+        extras={"pixel": pixels[rows], **extras},
+    )
+    return SectionView(section, table, rows)
+
+
+def _edges(adata: AnnData, rows: np.ndarray, name: str) -> sparse.csr_array:
+    if Keys.CONNECTIVITIES not in adata.obsp:
+        raise MissingKeyError(
+            f"section {name!r} has no neighbour graph obsp[{Keys.CONNECTIVITIES!r}]; make it with hx.pp.spatial_graph(sdata)"
+        )
+    graph = sparse.csr_array(adata.obsp[Keys.CONNECTIVITIES])
+    return graph if len(rows) == adata.n_obs else sparse.csr_array(graph[rows][:, rows])
+
+
+def _counts(
+    adata: AnnData, rows: np.ndarray, genes: Sequence[str], counts_layer: str | None, name: str
+) -> tuple[sparse.csr_array, np.ndarray]:
+    """Counts of the panel, CSR (n, G), and the total over all genes, (n,)."""
+    import pandas as pd
+
+    if counts_layer is not None and counts_layer not in adata.layers:
+        raise MissingKeyError(f"counts_layer={counts_layer!r} is not in layers, which hold {list(adata.layers)}")
+    source = adata.layers[counts_layer] if counts_layer is not None else adata.X
+    if source is None:
+        raise CountsError(f"section {name!r} has no counts: X is empty")
+    check_counts(source, f"section {name!r}")
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()][0]
+        raise CountsError(f"section {name!r}: gene names must be unique, {twice!r} occurs twice; see adata.var_names_make_unique()")
+    columns = adata.var_names.get_indexer(pd.Index(list(genes)))
+    if (columns < 0).any():
+        missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
+        raise MissingKeyError(f"section {name!r} lacks {len(missing)} of {len(genes)} genes: {', '.join(missing[:10])}")
+    library_size = np.asarray(source.sum(axis=1), dtype=np.float64).ravel()
+    panel = sparse.csr_array(source[:, columns])
+    return panel[rows], library_size[rows]

@@ -1,0 +1,85 @@
+"""A stored prediction as an ordinary AnnData."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .._keys import Keys
+from ..data.stored import find_prediction, read_prediction
+from ..data.units import normalize
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["prediction"]
+
+
+def prediction(
+    data: SpatialData | AnnData, key: str | None = None, *, table_key: str | None = None, counts_layer: str | None = None
+) -> AnnData:
+    """The prediction `key` as an AnnData that any scanpy, squidpy or spatialdata-plot function takes.
+
+    Parameters
+    ----------
+    data
+        Object in which :func:`hespotex.tl.predict` stored the prediction.
+    key
+        Key of the prediction; may be omitted when there is only one.
+    table_key
+        Table to look in; all are searched by default.
+    counts_layer
+        Layer with the raw counts; ``X`` by default.
+
+    Returns
+    -------
+    A new AnnData (n, G): ``X`` the prediction (float32), ``var_names`` its genes,
+    ``layers["measured"]`` the measurement in the same unit where every predicted gene was measured
+    (``var["measured"]`` says which were; unmeasured ones are absent from a comparison, never filled),
+    ``layers["std"]``, ``layers["lower"]``, ``layers["upper"]`` where stored, and ``obs``, ``obsm``, ``obsp``,
+    ``uns`` carried along. In ``uns["hespotex"]`` the unit and provenance of the prediction.
+
+    Raises
+    ------
+    MissingKeyError
+        If there is no such prediction.
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
+    >>> model = hx.tl.train(sdata, "ridge", n_top_genes=20)
+    >>> hx.tl.predict(sdata, model)
+    >>> hx.get.prediction(sdata, "ridge").layers["measured"].shape == hx.get.prediction(sdata, "ridge").shape
+    True
+    """
+    import pandas as pd
+    from anndata import AnnData
+
+    adata, _, key = find_prediction(data, key, table_key)
+    stored = read_prediction(adata, key)
+    measured = pd.Index(stored.genes).isin(adata.var_names) if stored.provenance["form"] != "X" else None
+    var = pd.DataFrame({"measured": False if measured is None else measured}, index=pd.Index(stored.genes, dtype=object))
+    if measured is not None:
+        shared = adata.var.reindex(stored.genes)
+        var = pd.concat([var, shared.drop(columns=["measured"], errors="ignore")], axis=1)
+    result = AnnData(
+        X=stored.values.copy(),
+        obs=adata.obs.copy(),
+        var=var,
+        obsm={name: value for name, value in adata.obsm.items() if name != key},
+        obsp=dict(adata.obsp),
+        uns={name: value for name, value in adata.uns.items() if name != Keys.NAMESPACE},
+    )
+    for name, values in stored.companions.items():
+        result.layers[name] = values
+    if measured is not None and measured.all():
+        counts = adata.layers[counts_layer] if counts_layer else adata.X
+        library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        columns = adata.var_names.get_indexer(pd.Index(stored.genes))
+        result.layers[Keys.MEASURED] = normalize(counts[:, columns], library_size, stored.unit)
+    result.uns[Keys.NAMESPACE] = {key: dict(stored.provenance)}
+    return result
