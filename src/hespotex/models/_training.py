@@ -1,0 +1,461 @@
+"""The one place that drives Lightning: device, precision, seed, early stopping, interruption and resuming.
+
+Models hand over a :class:`~lightning.pytorch.LightningModule` and a sequence of items; one item is what one
+optimiser step sees, such as the tensors of a section. ``training_step`` returns the loss or a mapping with
+``"loss"`` and further scalars; ``validation_step`` returns a mapping of scalars. Nothing needs ``self.log``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .._device import resolve_device
+from .._logging import logger
+from .._optional import optional_import
+from ..errors import DataValueError, HespotexWarning
+from ._base import Run
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import LightningModule
+
+__all__ = ["Fit", "fit_lightning", "forget_checkpoints"]
+
+# An interrupted fit loses at most this many times what writing its state takes, and writing costs 5 % at most.
+_SAVE_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a finished fit leaves behind besides the weights in the module.
+
+    Attributes
+    ----------
+    history
+        One row per epoch: ``"epoch"`` (from 1), the means over the items of what ``training_step`` returned, and of
+        what ``validation_step`` returned with the prefix ``"val_"``.
+    best_epoch
+        Epoch whose weights the module now holds; the last one if nothing was monitored.
+    best_score
+        Monitored value at that epoch; NaN if nothing was monitored.
+    """
+
+    history: list[dict[str, float]]
+    best_epoch: int
+    best_score: float
+
+
+def fit_lightning(
+    module: LightningModule,
+    items: Sequence[Any],
+    run: Run,
+    *,
+    max_epochs: int,
+    validation: Sequence[Any] = (),
+    monitor: str | None = None,
+    mode: Literal["min", "max"] = "min",
+    patience: int | None = None,
+    validate_every: int = 1,
+    gradient_clip: float | None = None,
+    shuffle: bool = True,
+    name: str = "fit",
+) -> Fit:
+    """Fit `module` on `items`; afterwards it is on the CPU, in evaluation mode, and holds the best weights.
+
+    Parameters
+    ----------
+    module
+        Module to fit, in place, with its initial weights: a caller that wants them seeded makes it inside
+        :func:`torch.random.fork_rng`.
+    items
+        What one optimiser step each sees: tensors, or tuples, mappings or dataclasses of tensors. A lazy sequence
+        is asked for one item at a time.
+    run
+        Seed, device, precision, progress and checkpoint folder.
+    max_epochs
+        Passes over `items`.
+    validation
+        Items of ``validation_step``; never the section to be predicted.
+    monitor
+        Column of the history to judge epochs by, such as ``"val_loss"``; ``None`` keeps the last epoch.
+    mode
+        Whether a low or a high value of `monitor` is good.
+    patience
+        Epochs without a better value after which training stops; ``None`` runs all epochs.
+    validate_every
+        Epochs between two validations.
+    gradient_clip
+        Largest norm of the gradient.
+    shuffle
+        Whether each epoch visits the items in a new order.
+    name
+        Shown beside the progress bar and in messages.
+
+    Notes
+    -----
+    Random numbers depend on ``run.seed`` and the epoch alone, and the global state is left as it was, so that equal
+    input gives equal weights and a resumed fit ends where an uninterrupted one would have ended. With
+    ``run.checkpoint_dir`` the state is written at the ends of epochs, to a file named after a hash of initial
+    weights, data and arguments: whatever changes, changes the name, and a stale state is never taken up.
+    :func:`forget_checkpoints` removes them once the whole model is fitted.
+
+    Raises
+    ------
+    DataValueError
+        If there are no items, `monitor` is not in the history, or the loss is not finite.
+    KeyboardInterrupt
+        If interrupted; the message says whether and from where the fit can go on.
+    """
+    if len(items) == 0:
+        raise DataValueError("items is empty: there is nothing to fit on")
+    if max_epochs < 1:
+        raise DataValueError(f"max_epochs={max_epochs} must be at least 1")
+    lightning = optional_import("lightning.pytorch", feature="training neural models")
+    import torch
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    device = resolve_device(run.device)
+    path = None
+    if run.checkpoint_dir is not None:
+        settings = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle, run.seed)
+        mark = _fingerprint(module, items, validation, settings)
+        path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
+    order = _Order(items, run.seed, shuffle=shuffle)
+    watcher = _watcher(order, path, monitor=monitor, mode=mode, patience=patience, max_epochs=max_epochs, name=name)
+    saved = None if path is None else _read(path)
+    if saved is not None:
+        state = saved["callbacks"][watcher.state_key]
+        if state["finished"]:
+            watcher.load_state_dict(state)
+            module.load_state_dict(saved["state_dict"])
+            return watcher.finish(module)
+        logger.info("%s resumes after epoch %d from %s", name, len(state["history"]), path)
+    with _quiet(), _restored_flags(), _forked(device), _progress(watcher, run, max_epochs, name):
+        trainer = lightning.Trainer(
+            accelerator={"cuda": "gpu"}.get(device.type, device.type),
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision=run.precision or ("16-mixed" if device.type == "cuda" else "32-true"),
+            max_epochs=max_epochs,
+            callbacks=[watcher],
+            check_val_every_n_epoch=validate_every,
+            gradient_clip_val=gradient_clip,
+            deterministic="warn",
+            plugins=[LightningEnvironment()],  # a SLURM job must not be taken for a distributed run
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        # Lightning answers Ctrl-C by ignoring further ones for good and leaving the interpreter.
+        with _own_interrupt(trainer, path, name):
+            trainer.fit(
+                module,
+                train_dataloaders=order,
+                val_dataloaders=_Order(validation, run.seed, shuffle=False) if len(validation) else None,
+                ckpt_path=None if saved is None else str(path),
+                weights_only=True,
+            )
+    module.to(torch.device("cpu"))
+    return watcher.finish(module)
+
+
+def forget_checkpoints(run: Run, name: str = "fit") -> None:
+    """Remove the resume files of `name` (and of names that begin so) from ``run.checkpoint_dir``."""
+    if run.checkpoint_dir is not None:
+        for path in Path(run.checkpoint_dir).glob(f"{name}*-*.ckpt"):
+            path.unlink(missing_ok=True)
+
+
+class _Order:
+    """Items in an order that depends on seed and epoch alone; what Lightning takes for a data loader."""
+
+    def __init__(self, items: Sequence[Any], seed: int, *, shuffle: bool) -> None:
+        self.items, self.seed, self.shuffle, self.epoch = items, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = np.arange(len(self.items))
+        if self.shuffle:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        for index in order.tolist():
+            yield self.items[index]
+
+
+def _watcher(
+    order: _Order,
+    path: Path | None,
+    *,
+    monitor: str | None,
+    mode: str,
+    patience: int | None,
+    max_epochs: int,
+    name: str,
+) -> Any:
+    """The callback that seeds, records, keeps the best weights, stops and saves."""
+    import torch
+    from lightning.pytorch import Callback
+
+    sign = {"min": 1.0, "max": -1.0}[mode]
+
+    class Watcher(Callback):
+        state_key = "hespotex"
+
+        def __init__(self) -> None:
+            self.history: list[dict[str, float]] = []
+            self.best_epoch, self.best_score, self.best_weights = 0, float("nan"), None
+            self.finished = False
+            self.bar: Any = None
+            self.sums: dict[str, torch.Tensor] = {}
+            self.counts: dict[str, int] = {}
+            self.saved_at, self.save_took = float("-inf"), 0.0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {
+                "history": self.history,
+                "best_epoch": self.best_epoch,
+                "best_score": self.best_score,
+                "best_weights": self.best_weights,
+                "finished": self.finished,
+            }
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            for key, value in state.items():
+                setattr(self, key, value)
+            order.epoch = len(self.history)
+
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            if self.bar is not None:
+                self.bar.update(len(self.history) - self.bar.n)
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            torch.manual_seed(_mix(order.seed, trainer.current_epoch))
+            self.sums, self.counts = {}, {}
+
+        def _add(self, values: Any, prefix: str) -> None:
+            if not isinstance(values, Mapping):
+                values = {"loss": values}
+            for key, value in values.items():
+                value = torch.as_tensor(value).detach().float()
+                self.sums[prefix + key] = self.sums.get(prefix + key, 0.0) + value
+                self.counts[prefix + key] = self.counts.get(prefix + key, 0) + 1
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self._add(outputs, "")
+
+        def on_validation_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
+            self._add(outputs, "val_")
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            epoch = len(self.history) + 1
+            row = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+            if not np.isfinite(row["loss"]):
+                raise DataValueError(
+                    f"the loss of {name!r} became {row['loss']} in epoch {epoch}; lower the learning rate, or set "
+                    "precision='32-true'"
+                )
+            self.history.append({"epoch": epoch, **row})
+            if monitor is None:
+                self.best_epoch = epoch
+            elif monitor in row:
+                value = row[monitor]
+                if np.isfinite(value) and (self.best_weights is None or sign * value < sign * self.best_score):
+                    self.best_epoch, self.best_score = epoch, value
+                    self.best_weights = {
+                        key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()
+                    }
+                elif patience is not None and epoch - self.best_epoch >= patience:
+                    trainer.should_stop = True
+            elif epoch >= max_epochs:
+                raise DataValueError(f"monitor={monitor!r} is not in the history, which has {', '.join(row)}")
+            self.finished = trainer.should_stop or epoch >= max_epochs
+            order.epoch = epoch
+            if self.bar is not None:
+                self.bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
+                self.bar.update(1)
+            if path is not None and (self.finished or time.monotonic() - self.saved_at > _SAVE_EVERY * self.save_took):
+                start = time.monotonic()
+                _write(trainer, path)
+                self.saved_at = time.monotonic()
+                self.save_took = self.saved_at - start
+
+        def finish(self, module: Any) -> Fit:
+            if self.best_weights is not None:
+                module.load_state_dict(self.best_weights)
+            module.eval()
+            return Fit(history=self.history, best_epoch=self.best_epoch, best_score=self.best_score)
+
+    return Watcher()
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed for torch that differs for every (seed, epoch)."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _write(trainer: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        trainer.save_checkpoint(staging)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The saved state, without unpickling objects; ``None`` if there is none or it is unreadable."""
+    import torch
+
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  # torch raises whatever a damaged archive provokes
+        warnings.warn(
+            f"the state of an interrupted fit in {path} cannot be read ({error}); training starts anew",
+            HespotexWarning,
+            stacklevel=3,
+        )
+        path.unlink()
+        return None
+
+
+def _fingerprint(module: Any, items: Sequence[Any], validation: Sequence[Any], settings: tuple[Any, ...]) -> str:
+    digest = hashlib.sha256(repr((type(module).__qualname__, settings)).encode())
+    digest.update(repr(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))).encode())
+    _absorb(digest, module.state_dict())
+    for sequence in (items, validation):
+        digest.update(f"|{len(sequence)}".encode())
+        for index in range(len(sequence)):
+            _absorb(digest, sequence[index])
+    return digest.hexdigest()
+
+
+def _absorb(digest: Any, value: Any) -> None:
+    """Feed the content of an item into a hash."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            value = value.to_sparse_coo().coalesce()
+            _absorb(digest, (value.indices(), value.values(), tuple(value.shape)))
+            return
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(str(key).encode())
+            _absorb(digest, value[key])
+    elif is_dataclass(value):
+        for part in fields(value):
+            _absorb(digest, getattr(value, part.name))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _absorb(digest, part)
+    elif hasattr(value, "to_dict"):  # torch_geometric's Data
+        _absorb(digest, value.to_dict())
+    else:
+        digest.update(repr(value).encode())
+
+
+@contextmanager
+def _own_interrupt(trainer: Any, path: Path | None, name: str) -> Iterator[None]:
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if path is None:
+            advice = "nothing was kept; give checkpoint_dir= to be able to go on"
+        elif path.is_file():
+            advice = f"its last epochs are kept in {path.parent}: the same call goes on from there"
+        else:
+            advice = "not one epoch was finished"
+        raise KeyboardInterrupt(f"{name} was interrupted in epoch {trainer.current_epoch + 1}; {advice}") from None
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's notes about hardware and loaders out of the user's terminal."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
+            warnings.filterwarnings("ignore", message=r".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+@contextmanager
+def _restored_flags() -> Iterator[None]:
+    """Put back the process-wide torch flags that ``Trainer(deterministic=...)`` sets."""
+    import torch
+
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@contextmanager
+def _forked(device: torch.device) -> Iterator[None]:
+    import torch
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if device.type == "mps":
+            stack.enter_context(torch.random.fork_rng(devices=[device], device_type="mps"))
+        yield
+
+
+@contextmanager
+def _progress(watcher: Any, run: Run, max_epochs: int, name: str) -> Iterator[None]:
+    if not run.progress_bar or max_epochs < 2:
+        yield
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=max_epochs, desc=name, unit="epoch") as bar:
+        watcher.bar = bar
+        try:
+            yield
+        finally:
+            watcher.bar = None
