@@ -1,0 +1,325 @@
+"""Slides as streams: tiles around given places, or the whole slide in blocks, each source chunk decoded once.
+
+A pixel *i* covers [i, i + 1): a tile centred on x reaches from x - side / 2 to x + side / 2, whether or not that
+falls between two pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .._settings import settings
+from ..errors import DataValueError
+from ._chunks import ChunkReader
+from ._prefetch import prefetch
+from ._resample import AreaAxis, reduce_area
+
+if TYPE_CHECKING:
+    from ..data.geometry import Level, Slide
+
+__all__ = ["Block", "TileBatch", "WorkingGrid", "iter_blocks", "iter_tiles", "working_grid"]
+
+SNAP = 0.01  # a working mpp this close to a whole multiple of a level's is that multiple
+
+
+@dataclass(frozen=True, eq=False)
+class TileBatch:
+    """Some tiles of a slide.
+
+    Attributes
+    ----------
+    rows
+        Which of the centres these are, (b,).
+    pixels
+        RGB, (b, tile_px, tile_px, 3) uint8.
+    padded
+        Whether a tile reaches beyond the image, (b,) bool.
+    """
+
+    rows: np.ndarray
+    pixels: np.ndarray
+    padded: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class WorkingGrid:
+    """A slide at a working resolution: pixel (i, j) is the mean over a rectangle of the slide.
+
+    Attributes
+    ----------
+    mpp
+        Its true µm per pixel: that asked for, or the whole multiple of a level's within 1 % of it.
+    shape
+        Height and width; the last row and column may reach beyond the image.
+    factor
+        Level-0 pixels per working pixel along x and y: working pixel j covers [j·factor, (j + 1)·factor).
+    level
+        Level of the pyramid that is read.
+    step
+        Pixels of that level per working pixel along x and y.
+    """
+
+    mpp: float
+    shape: tuple[int, int]
+    factor: tuple[float, float]
+    level: Level
+    step: tuple[float, float]
+
+    def from_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Positions on the grid of level-0 pixel positions (…, 2)."""
+        return np.asarray(pixels, dtype=np.float64) / self.factor
+
+    def to_pixels(self, positions: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`from_pixels`."""
+        return np.asarray(positions, dtype=np.float64) * self.factor
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A rectangle of the working grid and its surroundings.
+
+    Attributes
+    ----------
+    y, x
+        Position of the core's first pixel on the grid.
+    pixels
+        RGB of the core and a halo around it, (h + 2·halo, w + 2·halo, 3) uint8.
+    halo_px
+        Width of the halo on each side.
+    grid
+        The grid, for all blocks the same.
+    """
+
+    y: int
+    x: int
+    pixels: np.ndarray
+    halo_px: int
+    grid: WorkingGrid
+
+    @property
+    def core(self) -> tuple[slice, slice]:
+        """Where the core lies in :attr:`pixels`."""
+        height, width = self.pixels.shape[:2]
+        return slice(self.halo_px, height - self.halo_px), slice(self.halo_px, width - self.halo_px)
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Where the core lies on the grid."""
+        rows, columns = self.core
+        return slice(self.y, self.y + rows.stop - rows.start), slice(self.x, self.x + columns.stop - columns.start)
+
+
+def iter_tiles(
+    slide: Slide,
+    centres: np.ndarray,
+    *,
+    tile_um: float,
+    tile_px: int,
+    batch_size: int | None = None,
+    progress_bar: bool | None = None,
+    fill: int = 255,
+) -> Iterator[TileBatch]:
+    """Yield square tiles around `centres` until each is covered once, in storage order.
+
+    Tiles are resized by Pillow's bicubic filter, which widens with the reduction and so does not alias; it is what
+    torchvision, timm and open_clip prepare their training images with.
+
+    Parameters
+    ----------
+    slide
+        As :func:`hespotex.data.geometry.resolve_slide` gives it.
+    centres
+        Centres (x, y) in level-0 pixels, (n, 2); fractions count.
+    tile_um
+        Side of a tile in µm.
+    tile_px
+        Side of the returned tiles in pixels.
+    batch_size
+        Tiles per batch; the setting by default.
+    progress_bar
+        Whether to show progress; the setting by default.
+    fill
+        Grey value of what lies beyond the image. A tile is never shifted to avoid it, but flagged.
+
+    Raises
+    ------
+    ScaleError
+        If tiles would have to be enlarged more than twofold.
+    """
+    from tqdm.auto import tqdm
+
+    centres = np.asarray(centres, dtype=np.float64).reshape(-1, 2)
+    if not np.isfinite(centres).all():
+        raise DataValueError("centres must be finite")
+    if tile_um <= 0 or tile_px < 1:
+        raise DataValueError(f"tile_um={tile_um!r} and tile_px={tile_px!r} must be positive")
+    level = slide.level_for(tile_um / tile_px)
+    batches = _tile_batches(slide, level, centres, tile_um, tile_px, batch_size or settings.batch_size, fill)
+    show = settings.progress_bar if progress_bar is None else progress_bar
+    with tqdm(total=len(centres), unit="tile", desc="tiles", disable=not show or len(centres) < 2) as bar:
+        for batch in prefetch(batches):
+            yield batch
+            bar.update(len(batch.rows))
+
+
+def working_grid(slide: Slide, mpp: float) -> WorkingGrid:
+    """The grid on which :func:`iter_blocks` reads `slide` at about `mpp`.
+
+    Where `mpp` is within 1 % of a whole multiple of a level's own, whole pixels are taken: fractions would blur
+    a slow beat into the texture for a difference that pixel sizes are not known to.
+
+    Raises
+    ------
+    ScaleError
+        If `mpp` is finer than half the slide's.
+    """
+    level = slide.level_for(mpp)
+    height, width = slide.shape
+    scale = np.array([level.array.shape[2] / width, level.array.shape[1] / height])
+    ratio = mpp / (slide.mpp * level.downsample)
+    whole = round(ratio)
+    if whole >= 1 and abs(ratio / whole - 1) <= SNAP:
+        step = np.array([float(whole), float(whole)])
+        mpp = slide.mpp * level.downsample * whole
+    else:
+        step = mpp / slide.mpp * scale
+    size = np.ceil(np.array(level.array.shape[:0:-1]) / step - 1e-6).astype(int)
+    factor = step / scale
+    return WorkingGrid(
+        mpp=float(mpp),
+        shape=(int(size[1]), int(size[0])),
+        factor=(float(factor[0]), float(factor[1])),
+        level=level,
+        step=(float(step[0]), float(step[1])),
+    )
+
+
+def iter_blocks(
+    slide: Slide,
+    *,
+    mpp: float,
+    block_px: int = 1024,
+    halo_px: int = 0,
+    boxes: np.ndarray | None = None,
+    fill: int = 255,
+    progress_bar: bool | None = None,
+) -> Iterator[Block]:
+    """Yield the slide at a working resolution, block by block, row by row.
+
+    A working pixel is the area-weighted mean of what it covers, and depends on its place on the grid alone: not on
+    the size of blocks, nor on how the image is chunked.
+
+    Parameters
+    ----------
+    slide
+        As :func:`hespotex.data.geometry.resolve_slide` gives it.
+    mpp
+        µm per pixel to work at; see :func:`working_grid`.
+    block_px
+        Side of a block's core in working pixels.
+    halo_px
+        Working pixels around the core that are read, too.
+    boxes
+        Rectangles (x0, y0, x1, y1) in level-0 pixels, (n, 4): only blocks whose core meets one are read. ``None``:
+        all blocks.
+    fill
+        Grey value of what lies beyond the image.
+    progress_bar
+        Whether to show progress; the setting by default.
+
+    Raises
+    ------
+    ScaleError
+        If `mpp` is finer than half the slide's.
+    """
+    from tqdm.auto import tqdm
+
+    if block_px < 1 or halo_px < 0:
+        raise DataValueError(f"block_px={block_px!r} must be positive and halo_px={halo_px!r} not negative")
+    grid = working_grid(slide, mpp)
+    corners = _block_corners(grid, block_px, boxes)
+    show = settings.progress_bar if progress_bar is None else progress_bar
+    with tqdm(total=len(corners), unit="block", desc="slide", disable=not show or len(corners) < 2) as bar:
+        for block in prefetch(_blocks(grid, corners, block_px, halo_px, fill)):
+            yield block
+            bar.update()
+
+
+def _tile_batches(
+    slide: Slide, level: Level, centres: np.ndarray, tile_um: float, tile_px: int, batch_size: int, fill: int
+) -> Iterator[TileBatch]:
+    height, width = level.array.shape[1:]
+    scale = np.array([width / slide.shape[1], height / slide.shape[0]])
+    side = tile_um / slide.mpp * scale
+    low = centres * scale - side / 2
+    # Bicubic looks two (enlarged) pixels beyond the box: they must be there, or tiles depend on how they are read.
+    reach = np.ceil(2 * np.maximum(side / tile_px, 1)).astype(np.int64) + 1
+    first = np.floor(low).astype(np.int64) - reach
+    last = np.ceil(low + side).astype(np.int64) + reach
+    padded = ((low < -1e-6) | (low + side > np.array([width, height]) + 1e-6)).any(axis=1)
+
+    order = _storage_order(level, centres * scale)
+    reader = ChunkReader(level.array, np.column_stack([first[:, ::-1], last[:, ::-1]])[order], fill)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        pixels = np.empty((len(rows), tile_px, tile_px, 3), dtype=np.uint8)
+        for position, row in enumerate(rows):
+            pixels[position] = _resize(reader.read(start + position), low[row] - first[row], side, tile_px)
+        yield TileBatch(rows=rows, pixels=pixels, padded=padded[rows])
+
+
+def _storage_order(level: Level, xy: np.ndarray) -> np.ndarray:
+    """Order by row of chunks, then by column of chunks."""
+    rows, columns = (
+        np.searchsorted(np.cumsum(sizes), values, side="right")
+        for sizes, values in zip(level.array.chunks[1:], (xy[:, 1], xy[:, 0]), strict=True)
+    )
+    return np.lexsort((xy[:, 1], columns, rows))
+
+
+def _resize(window: np.ndarray, low: np.ndarray, side: np.ndarray, tile_px: int) -> np.ndarray:
+    from PIL import Image
+
+    near = np.rint(low)
+    if np.abs(low - near).max() < 1e-6 and np.abs(side - tile_px).max() < 1e-6:
+        x, y = near.astype(int)
+        return window[y : y + tile_px, x : x + tile_px]
+    box = (low[0], low[1], low[0] + side[0], low[1] + side[1])
+    return np.asarray(Image.fromarray(window).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box=box))
+
+
+def _block_corners(grid: WorkingGrid, block_px: int, boxes: np.ndarray | None) -> np.ndarray:
+    """First core pixel (y, x) of each block to read, (n, 2), along rows."""
+    rows, columns = (-(-size // block_px) for size in grid.shape)
+    wanted = np.ones((rows, columns), dtype=bool)
+    if boxes is not None:
+        wanted[:] = False
+        boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 2, 2)
+        low = np.floor(grid.from_pixels(boxes[:, 0]) / block_px).astype(int).clip(0)
+        high = np.ceil(grid.from_pixels(boxes[:, 1]) / block_px).astype(int)
+        for (x0, y0), (x1, y1) in np.unique(np.stack([low, high], axis=1), axis=0):
+            wanted[y0:y1, x0:x1] = True
+    return np.argwhere(wanted) * block_px
+
+
+def _blocks(grid: WorkingGrid, corners: np.ndarray, block_px: int, halo_px: int, fill: int) -> Iterator[Block]:
+    columns, rows = (AreaAxis(step) for step in grid.step)
+    places = [
+        [
+            slice(start - halo_px, min(start + block_px, size) + halo_px)
+            for start, size in zip(corner, grid.shape, strict=True)
+        ]
+        for corner in corners.tolist()
+    ]
+    windows = []
+    for y, x in places:
+        (top, bottom), (left, right) = rows.span(y.start, y.stop), columns.span(x.start, x.stop)
+        windows.append((top, left, bottom, right))
+    reader = ChunkReader(grid.level.array, np.array(windows, dtype=np.int64).reshape(-1, 4), fill)
+    for index, ((y, x), corner) in enumerate(zip(places, corners.tolist(), strict=True)):
+        pixels = reduce_area(reader.read(index), rows, columns, y, x)
+        yield Block(y=corner[0], x=corner[1], pixels=pixels, halo_px=halo_px, grid=grid)
