@@ -89,7 +89,9 @@ def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        raise AmbiguousKeyError(f"the table holds several embeddings {sorted(candidates)}; name one with embedding_key=")
+        raise AmbiguousKeyError(
+            f"the table holds several embeddings {sorted(candidates)}; name one with embedding_key="
+        )
     raise MissingKeyError(
         f"the table holds no image embedding (obsm: {sorted(adata.obsm)}); make one with hx.pp.embed(sdata), "
         "or name your own with embedding_key="
@@ -224,7 +226,9 @@ def _group(
     if column in adata.obs:
         values = adata.obs[column].iloc[rows].astype(str).unique()
         if len(values) > 1:
-            raise DataValueError(f"obs[{column!r}] names {len(values)} patients within section {name!r}: {list(values)}")
+            raise DataValueError(
+                f"obs[{column!r}] names {len(values)} patients within section {name!r}: {list(values)}"
+            )
         return str(values[0])
     if isinstance(groups, str):
         raise MissingKeyError(f"groups={groups!r} is not a column of obs, which has {list(adata.obs)}")
@@ -325,7 +329,9 @@ def _counts(
     check_counts(source, f"section {name!r}")
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()][0]
-        raise CountsError(f"section {name!r}: gene names must be unique, {twice!r} occurs twice; see adata.var_names_make_unique()")
+        raise CountsError(
+            f"section {name!r}: gene names must be unique, {twice!r} occurs twice; see adata.var_names_make_unique()"
+        )
     columns = adata.var_names.get_indexer(pd.Index(list(genes)))
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["COMPANIONS", "StoredPrediction", "find_prediction", "prediction_keys", "read_prediction", "write_prediction"]
+__all__ = [
+    "COMPANIONS",
+    "StoredPrediction",
+    "find_prediction",
+    "prediction_keys",
+    "read_prediction",
+    "write_prediction",
+]
 
 COMPANIONS = ("std", "lower", "upper")
 

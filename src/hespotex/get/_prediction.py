@@ -18,7 +18,11 @@ __all__ = ["prediction"]
 
 
 def prediction(
-    data: SpatialData | AnnData, key: str | None = None, *, table_key: str | None = None, counts_layer: str | None = None
+    data: SpatialData | AnnData,
+    key: str | None = None,
+    *,
+    table_key: str | None = None,
+    counts_layer: str | None = None,
 ) -> AnnData:
     """The prediction `key` as an AnnData that any scanpy, squidpy or spatialdata-plot function takes.
 
@@ -62,7 +66,9 @@ def prediction(
     adata, _, key = find_prediction(data, key, table_key)
     stored = read_prediction(adata, key)
     measured = pd.Index(stored.genes).isin(adata.var_names) if stored.provenance["form"] != "X" else None
-    var = pd.DataFrame({"measured": False if measured is None else measured}, index=pd.Index(stored.genes, dtype=object))
+    var = pd.DataFrame(
+        {"measured": False if measured is None else measured}, index=pd.Index(stored.genes, dtype=object)
+    )
     if measured is not None:
         shared = adata.var.reindex(stored.genes)
         var = pd.concat([var, shared.drop(columns=["measured"], errors="ignore")], axis=1)

@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from ._predict import predict
+from ._train import train
+
+__all__ = ["predict", "train"]

@@ -1,0 +1,422 @@
+"""Predict expression from the image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import Keys, sanitize
+from .._logging import logger
+from .._settings import settings
+from ..data.bridge import SectionView, as_list, attributes, embedding_entry, views_of
+from ..data.provenance import from_uns, record
+from ..data.section import rows_of
+from ..data.stored import COMPANIONS, write_prediction
+from ..data.tables import is_derived, resolve_shapes_key, resolve_table
+from ..data.transaction import restored_on_error
+from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError, ModelMismatchError
+from ..models import Model, Recipe
+from ..models._store import identify, recall
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from ..data.tables import AnnotatedTable
+
+__all__ = ["predict"]
+
+
+def predict(
+    data: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    model: Model | str | Path | None = None,
+    *,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    mpp: float | None = None,
+    weights: str | Path | None = None,
+    batch_size: int | None = None,
+    block_rows: int = 8192,
+    device: str | None = None,
+    key_added: str | None = None,
+    copy: bool = False,
+    progress_bar: bool | None = None,
+) -> AnnData | list[AnnData] | None:
+    """Predict the expression of every spot (or tile) from the image.
+
+    Steps the model needs and the object lacks are run first, with the parameters the model was trained with:
+    tissue and tiles on a slide without spots, the embedding, the neighbour graph, the nuclei. Measured
+    expression, where there is any, is not looked at.
+
+    Parameters
+    ----------
+    data
+        One or many slides. An AnnData suffices when the embedding (and what else the model needs) is there.
+    model
+        The fitted model, the folder it was saved to, or ``None`` for the one the object names (written by
+        :func:`hespotex.tl.train`), else ``hx.settings.default_model``.
+    table_key, shapes_key, image_key
+        What to predict for; each may be left out where there is one candidate.
+    mpp
+        µm per pixel of the image, where the object does not say.
+    weights
+        Local weights file of the encoder, where the embedding has to be made and needs one.
+    batch_size, device
+        Of the embedding step.
+    block_rows
+        Observations predicted at a time.
+    key_added
+        Key of the prediction; the model's name by default.
+    copy
+        Return the prediction as AnnData and leave `data` as it was.
+    progress_bar
+        Whether to show progress.
+
+    Returns
+    -------
+    ``None``, or with ``copy=True`` what :func:`hespotex.get.prediction` returns (a list for several slides).
+    Written otherwise, (n, G) float32 each:
+
+    ``layers[key]``
+        if the model predicts just the genes of the table,
+    ``obsm[key]``
+        if it predicts some of them or others (genes in ``uns["hespotex"][key]["genes"]``),
+    ``tables["<key>_<shapes>"]``
+        if nothing was measured on these shapes,
+    ``<key>_std``, ``<key>_lower``, ``<key>_upper``
+        beside it, where the model gives them,
+    ``obs["<key>_ood"]``, ``obsm["X_<key>"]``
+        domain score and latent representation, where the model gives them,
+    ``uns["hespotex"][key]``
+        unit, genes, model id, versions.
+
+    Raises
+    ------
+    MissingKeyError
+        If no model is named anywhere; the ways to name one are listed.
+    ModelMismatchError
+        If the embedding of the object is not the one the model was trained on.
+
+    See Also
+    --------
+    hespotex.tl.train, hespotex.get.prediction
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> train, test = hx.datasets.synthetic(n_patients=2, n_spots=60, size_px=1200)
+    >>> hx.pp.embed(train, "morphology", progress_bar=False)
+    >>> model = hx.tl.train(train, "ridge", n_top_genes=20)
+    >>> hx.tl.predict(test, model)
+    >>> hx.get.prediction(test, "ridge").n_vars
+    20
+    """
+    items = as_list(data)
+    several = not (len(items) == 1 and items[0] is data)
+    shown = settings.progress_bar if progress_bar is None else progress_bar
+    results: list[AnnData] = []
+    for item in items:
+        chosen = _resolve_model(item, model)
+        if chosen.recipe is None:
+            raise ModelMismatchError(
+                "model was fitted on bare sections and does not know how to prepare data; "
+                "fit it with hx.tl.train(sdatas, model)"
+            )
+        key = sanitize(key_added or chosen.info.name)
+        target = _shallow_copy(item) if copy else item
+        with restored_on_error(target):
+            table = _prepare(
+                target,
+                chosen,
+                table_key=table_key,
+                shapes_key=shapes_key,
+                image_key=image_key,
+                mpp=mpp,
+                weights=weights,
+                batch_size=batch_size,
+                device=device,
+                progress_bar=shown,
+            )
+            where = _predict_one(target, table, chosen, chosen.recipe, key, image_key, block_rows)
+        logger.info("predicted %d genes with %s: %s", len(chosen.genes), chosen.info.name, where)
+        if copy:
+            from ..get import prediction
+
+            results.append(prediction(target, key, table_key=where.partition(":")[0] or None))
+    if not copy:
+        return None
+    return results if several else results[0]
+
+
+def _resolve_model(data: SpatialData | AnnData, model: Model | str | Path | None) -> Model:
+    if isinstance(model, Model):
+        if not model.is_fitted:
+            raise ModelMismatchError(f"this {model.info.name!r} model is not fitted; call hx.tl.train first")
+        return model
+    if model is not None and not isinstance(model, str | Path):
+        raise DataTypeError(f"model must be a fitted model or the path of a saved one, got {type(model).__name__}")
+    name = model or attributes(data).get("model") or settings.default_model
+    if name is None:
+        raise MissingKeyError(
+            "model is not given and the object names none. Give a fitted model or the path of a saved one "
+            "(hx.tl.predict(sdata, model)), train on this object (hx.tl.train), or set hx.settings.default_model"
+        )
+    return recall(name)
+
+
+def _shallow_copy(data: SpatialData | AnnData) -> SpatialData | AnnData:
+    """A container of its own around the same arrays, so that what is added does not reach the original."""
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    def own(adata: AnnData) -> AnnData:
+        mappings = {name: dict(getattr(adata, name)) for name in ("obsm", "varm", "obsp", "varp")}
+        layers = {name: value for name, value in adata.layers.items() if name is not None}
+        return AnnData(
+            X=adata.X, obs=adata.obs.copy(), var=adata.var.copy(), uns=dict(adata.uns), layers=layers, **mappings
+        )
+
+    if isinstance(data, AnnData):
+        return own(data)
+    elements = {name: element for _, name, element in data.gen_spatial_elements()}
+    tables = {name: own(table) for name, table in data.tables.items()}
+    return SpatialData.init_from_elements({**elements, **tables}, attrs={**data.attrs})
+
+
+def _prepare(
+    data: SpatialData | AnnData,
+    model: Model,
+    *,
+    table_key: str | None,
+    shapes_key: str | None,
+    image_key: str | None,
+    mpp: float | None,
+    weights: str | Path | None,
+    batch_size: int | None,
+    device: str | None,
+    progress_bar: bool,
+) -> AnnotatedTable:
+    """Run the ``pp`` steps that are missing, with the model's parameters; the table to predict for."""
+    from anndata import AnnData
+
+    from .. import pp
+
+    recipe = model.recipe
+    assert recipe is not None
+    if isinstance(data, AnnData):
+        table = resolve_table(data)
+        _check_embedding(table.adata, recipe)
+        _require_on_anndata(table.adata, model, recipe)
+        return table
+
+    if mpp is not None:
+        pp.set_scale(data, mpp=mpp, image_key=image_key)
+    has_table = table_key is not None or any(
+        "spatialdata_attrs" in t.uns and not is_derived(t) for t in data.tables.values()
+    )
+    if not has_table and shapes_key is None and Keys.TILES not in data.shapes:
+        if not recipe.tiles:
+            raise MissingKeyError(
+                "the slide has no spots or tiles, and the model does not know the lattice of its training spots; lay "
+                "tiles with hx.pp.make_tiles(sdata, diameter_um=..., pitch_um=...)"
+            )
+        if not {Keys.TISSUE, Keys.TISSUE_LAZYSLIDE} & set(data.shapes):
+            pp.detect_tissue(data, image_key=image_key)
+        pp.make_tiles(data, image_key=image_key, **recipe.tiles)
+    shapes_key = resolve_shapes_key(data, shapes_key, table_key) if table_key is None else shapes_key
+    embedded = _table_of(data, shapes_key, table_key, recipe)
+    if embedded is None or recipe.embedding_key not in embedded.adata.obsm:
+        if not recipe.encoder:
+            raise MissingKeyError(
+                f"the table has no obsm[{recipe.embedding_key!r}] and the model does not know which encoder made it; "
+                "store the same embedding there"
+            )
+        options = dict(recipe.encoder)
+        if weights is not None:
+            options["weights"] = weights
+        pp.embed(
+            data,
+            options.pop("name"),
+            image_key=image_key,
+            shapes_key=shapes_key,
+            table_key=table_key,
+            batch_size=batch_size,
+            device=device,
+            key_added=recipe.embedding_key,
+            progress_bar=progress_bar,
+            **options,
+        )
+        embedded = _table_of(data, shapes_key, table_key, recipe)
+    if embedded is None:
+        raise MissingKeyError(f"no table annotates shapes_key={shapes_key!r}; make one with hx.pp.embed(sdata)")
+    _check_embedding(embedded.adata, recipe)
+    if "graph" in model.info.needs and Keys.CONNECTIVITIES not in embedded.adata.obsp:
+        pp.spatial_graph(data, table_key=embedded.key, **recipe.graph)
+    if "nuclei" in model.info.needs and recipe.nuclei and Keys.N_NUCLEI not in embedded.adata.obs:
+        pp.segment_nuclei(
+            data,
+            image_key=image_key,
+            shapes_key=shapes_key,
+            table_key=embedded.key,
+            progress_bar=progress_bar,
+            **recipe.nuclei,
+        )
+    return resolve_table(data, table_key=embedded.key)
+
+
+def _table_of(
+    sdata: SpatialData, shapes_key: str | None, table_key: str | None, recipe: Recipe
+) -> AnnotatedTable | None:
+    """The table to predict for: the measured one, or the one that holds the embedding of tiles."""
+    if table_key is not None:
+        return resolve_table(sdata, table_key=table_key, shapes_key=shapes_key)
+    own = [
+        name
+        for name, table in sdata.tables.items()
+        if "spatialdata_attrs" in table.uns
+        and shapes_key in set(table.obs[table.uns["spatialdata_attrs"]["region_key"]])
+    ]
+    measured = [name for name in own if not is_derived(sdata.tables[name])]
+    holding = [name for name in own if recipe.embedding_key in sdata.tables[name].obsm]
+    if len(measured) > 1:
+        return resolve_table(sdata, shapes_key=shapes_key)  # raises, listing the candidates
+    for name in (*measured, *holding):
+        return resolve_table(sdata, table_key=name, shapes_key=shapes_key)
+    return None
+
+
+def _check_embedding(adata: AnnData, recipe: Recipe) -> None:
+    """Raise unless the stored embedding is the one the model was trained on."""
+    key = recipe.embedding_key
+    if key not in adata.obsm:
+        raise MissingKeyError(
+            f"obsm[{key!r}] is missing, which the model reads; obsm holds {sorted(adata.obsm)}. Make it with "
+            "hx.pp.embed(sdata) on the SpatialData that holds the image"
+        )
+    width = adata.obsm[key].shape[1]
+    if width != recipe.n_features:
+        raise ModelMismatchError(
+            f"obsm[{key!r}] has {width} features, the model was trained on {recipe.n_features}: another encoder or "
+            "version; embed again with the model's own, under another key if you want to keep yours"
+        )
+    stored = from_uns(embedding_entry(adata, key).get("encoder", {}))
+    trained = dict(recipe.encoder)
+    if stored and trained and stored != trained:
+        differing = sorted(k for k in {*stored, *trained} if stored.get(k) != trained.get(k))
+        shown = "; ".join(f"{k}: {stored.get(k)!r} here, {trained.get(k)!r} in training" for k in differing)
+        raise ModelMismatchError(f"obsm[{key!r}] was made by another encoder setting than the model's ({shown})")
+
+
+def _require_on_anndata(adata: AnnData, model: Model, recipe: Recipe) -> None:
+    if "graph" in model.info.needs and Keys.CONNECTIVITIES not in adata.obsp:
+        raise MissingKeyError(f"obsp[{Keys.CONNECTIVITIES!r}] is missing; make it with hx.pp.spatial_graph(adata)")
+    if "nuclei" in model.info.needs and recipe.nuclei and Keys.N_NUCLEI not in adata.obs:
+        raise MissingKeyError(
+            f"obs[{Keys.N_NUCLEI!r}] is missing; make it with hx.pp.segment_nuclei(sdata) on the SpatialData"
+        )
+
+
+def _predict_one(
+    data: SpatialData | AnnData,
+    table: AnnotatedTable,
+    model: Model,
+    recipe: Recipe,
+    key: str,
+    image_key: str | None,
+    block_rows: int,
+) -> str:
+    """Predict all rows of `table` and write the result; returns where it went."""
+    if block_rows < 1:
+        raise DataValueError(f"block_rows={block_rows} must be at least 1")
+    adata = table.adata
+    views = views_of(
+        data,
+        table_key=table.key,
+        image_key=image_key,
+        embedding_key=recipe.embedding_key,
+        with_edges="graph" in model.info.needs,
+    )
+    arrays = _fill(model, views, adata.n_obs, block_rows)
+    values = arrays.pop("mean")
+    companions = {name: arrays[name] for name in COMPANIONS if name in arrays}
+    own_table = table.key is not None and is_derived(adata)
+    name = table.key
+    if own_table:
+        name = Keys.prediction_table(key, table.regions[0])
+        adata = _new_table(table, recipe.genes)
+    missing = [gene for gene in recipe.genes if gene not in adata.var_names]
+    if missing and not own_table:
+        warnings.warn(
+            f"{len(missing)} of the model's {len(recipe.genes)} genes were not measured in this section; they are "
+            f"predicted all the same: {', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}",
+            HespotexWarning,
+            stacklevel=3,
+        )
+    form = write_prediction(adata, key, values, recipe.genes, companions, own_table=own_table)
+    if "latent" in arrays:
+        adata.obsm[Keys.embedding(key)] = arrays["latent"]
+    if "ood" in arrays:
+        adata.obs[Keys.derived(key, "ood")] = arrays["ood"].ravel()
+    record(
+        adata,
+        key,
+        kind="prediction",
+        form=form,
+        unit=recipe.unit,
+        genes=list(recipe.genes),
+        model=model.info.name,
+        weights_id=identify(model),
+        embedding_key=recipe.embedding_key,
+        created_by="hespotex.tl.predict",
+        **({"table": "prediction"} if own_table else {}),
+    )
+    if own_table:
+        assert name is not None
+        data[name] = adata  # type: ignore[index]
+    return f"{name or ''}:{form}[{key!r}]"
+
+
+def _fill(model: Model, views: list[SectionView], n_obs: int, block_rows: int) -> dict[str, np.ndarray]:
+    """Predictions of all views in the rows of their table, block by block."""
+    arrays: dict[str, np.ndarray] = {}
+    filled = np.zeros(n_obs, dtype=bool)
+    for view in views:
+        start = 0
+        for block in model.predict_blocks(view.section, block_rows=block_rows):
+            rows = view.rows[start : start + len(block.ids)]
+            start += len(block.ids)
+            for name in ("mean", *COMPANIONS, "latent", "ood"):
+                source: Any = getattr(block, name)
+                if source is None:
+                    continue
+                part = rows_of(source).astype(np.float32, copy=False)
+                if name not in arrays:
+                    arrays[name] = np.empty((n_obs, *part.shape[1:]), dtype=np.float32)
+                arrays[name][rows] = part
+            filled[rows] = True
+    if not filled.all():
+        raise ModelMismatchError(f"the model left {int((~filled).sum())} of {n_obs} observations without a prediction")
+    return arrays
+
+
+def _new_table(table: AnnotatedTable, genes: Sequence[str]) -> AnnData:
+    """An empty table of predictions for the shapes that `table` annotates."""
+    import pandas as pd
+    from anndata import AnnData
+    from spatialdata.models import TableModel, get_table_keys
+
+    source = table.adata
+    region, region_key, instance_key = get_table_keys(source)
+    obs = source.obs[[region_key, instance_key]].copy()
+    fresh = AnnData(
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(list(genes), dtype=object)),
+        obsm={Keys.SPATIAL: source.obsm[Keys.SPATIAL]} if Keys.SPATIAL in source.obsm else {},
+        obsp=dict(source.obsp),
+    )
+    return TableModel.parse(fresh, region=region, region_key=region_key, instance_key=instance_key)

@@ -1,0 +1,276 @@
+"""Train a model on sections that have both image and expression."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import Keys
+from .._logging import logger
+from .._settings import settings
+from .._version import __version__
+from ..data.bridge import SectionView, as_list, embedding_entry, find_embedding, views_of
+from ..data.lattice import detect_lattice
+from ..errors import DataValueError, HespotexWarning, ModelMismatchError
+from ..models import Model, Recipe, Run, create
+from ..models._store import remember
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["train"]
+
+
+def train(
+    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    model: str | Model = "hespotex",
+    *,
+    preset: str | None = None,
+    config: Any | Mapping[str, Any] | None = None,
+    genes: Sequence[str] | None = None,
+    n_top_genes: int | None = None,
+    gene_selection: str | None = None,
+    unit: str | None = None,
+    groups: Sequence[str] | str | None = None,
+    embedding_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    counts_layer: str | None = None,
+    min_counts: int = 1,
+    device: str | None = None,
+    precision: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    seed: int | None = None,
+    progress_bar: bool | None = None,
+) -> Model:
+    """Train `model` on sections that have both image and expression.
+
+    Everything fitted, the gene panel included, is fitted on these sections alone and travels inside the model.
+
+    Parameters
+    ----------
+    sdatas
+        One or many sections with an embedding (:func:`hespotex.pp.embed`) and, for models that need them, a
+        graph (:func:`hespotex.pp.spatial_graph`) and nuclei (:func:`hespotex.pp.segment_nuclei`). An AnnData
+        suffices when these are there.
+    model
+        Name in :func:`hespotex.models.available`, or an unfitted model.
+    preset, config
+        Named settings of the model (``"default"``, ``"paper"``), or its own config dataclass or mapping.
+    genes
+        Genes to predict. By default those marked in ``var["hespotex_target"]`` of every section, else chosen
+        here by :func:`hespotex.pp.select_genes`.
+    n_top_genes, gene_selection
+        Size and method of that choice; by default the model's own (for HESpotEx the union of 1,000 highly
+        variable genes per section).
+    unit
+        Unit to learn and predict; log1p of counts per 10,000 of the full library by default.
+    groups
+        Patient of each section, or the ``obs`` column naming it; used by models that validate inside training.
+    embedding_key, table_key, shapes_key, image_key, counts_layer
+        What to read; each may be left out where there is one candidate.
+    min_counts
+        Spots with fewer counts are left out of training, with a warning.
+    device, precision
+        ``"auto"`` picks CUDA, then MPS, then CPU.
+    checkpoint_dir
+        Folder from which an interrupted training resumes.
+    seed
+        Seed of everything random; the global random state is left alone.
+    progress_bar
+        Whether to show progress.
+
+    Returns
+    -------
+    The fitted model; ``model.save(path)`` writes it. Each of `sdatas` remembers it in
+    ``attrs["hespotex"]["model"]`` (SpatialData) or ``uns["hespotex"]["model"]`` (AnnData), so that
+    ``hx.tl.predict(sdata)`` finds it; nothing else in them changes.
+
+    Raises
+    ------
+    MissingKeyError
+        If a section lacks something the model needs; the call that makes it is named.
+    CountsError
+        If ``X`` does not hold raw counts.
+
+    See Also
+    --------
+    hespotex.tl.predict, hespotex.tl.cross_validate
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
+    >>> model = hx.tl.train(sdata, "ridge", n_top_genes=20)
+    >>> len(model.genes)
+    20
+    """
+    items = as_list(sdatas)
+    if isinstance(model, str):
+        model = create(model, preset=preset, config=config)
+    elif preset is not None or config is not None:
+        raise DataValueError("preset= and config= go with a model's name; model is already an object")
+    needs_graph = "graph" in model.info.needs
+    keys: dict[str, Any] = {
+        "embedding_key": embedding_key,
+        "table_key": table_key,
+        "shapes_key": shapes_key,
+        "image_key": image_key,
+        "groups": groups,
+    }
+    found = views_of(items, with_edges=needs_graph, **keys)  # fails early, before genes are chosen
+    embeddings = {find_embedding(view.table.adata, embedding_key) for view in found}
+    if len(embeddings) > 1:
+        raise DataValueError(
+            f"the sections hold different embeddings {sorted(embeddings)}; name one with embedding_key="
+        )
+    panel = _panel(items, found, model, genes, n_top_genes, gene_selection, counts_layer, table_key)
+    unit = unit or getattr(model.config, "unit", None) or "log1p_cp10k"
+    views = views_of(
+        items,
+        genes=panel,
+        unit=unit,
+        with_edges=needs_graph,
+        counts_layer=counts_layer,
+        min_counts=min_counts,
+        **keys,
+    )
+    seed = settings.seed if seed is None else seed
+    recipe = _recipe(views, panel, unit, embeddings.pop(), seed, model)
+    run = Run(
+        seed=seed,
+        device=device or settings.device,
+        precision=precision,
+        progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
+        checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
+    )
+    model.fit([view.section for view in views], run)
+    model.recipe = recipe
+    identity = remember(model)
+    for item in items:
+        _note(item, identity)
+    logger.info("trained %s (%s) on %d sections, %d genes", model.info.name, identity, len(views), len(panel))
+    return model
+
+
+def _note(data: SpatialData | AnnData, identity: str) -> None:
+    from anndata import AnnData
+
+    store = data.uns if isinstance(data, AnnData) else data.attrs
+    store[Keys.NAMESPACE] = {**store.get(Keys.NAMESPACE, {}), "model": identity}
+
+
+def _panel(
+    items: list[SpatialData | AnnData],
+    views: list[SectionView],
+    model: Model,
+    genes: Sequence[str] | None,
+    n_top_genes: int | None,
+    gene_selection: str | None,
+    counts_layer: str | None,
+    table_key: str | None,
+) -> tuple[str, ...]:
+    """Genes to learn: those given, those marked, or those chosen from these sections."""
+    tables = list({id(view.table.adata): view.table.adata for view in views}.values())
+    if genes is not None:
+        given = list(dict.fromkeys(map(str, genes)))
+        shared = [gene for gene in given if all(gene in table.var_names for table in tables)]
+        if missing := sorted(set(given) - set(shared)):
+            warnings.warn(
+                f"{len(missing)} of {len(given)} genes are not in every section and are left out: "
+                f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}",
+                HespotexWarning,
+                stacklevel=3,
+            )
+        if not shared:
+            raise DataValueError("genes: none of the genes given is in every section")
+        return tuple(shared)
+    chosen_here = n_top_genes is not None or gene_selection is not None
+    if not chosen_here and all(Keys.TARGET in table.var for table in tables):
+        marked = [set(table.var_names[table.var[Keys.TARGET].to_numpy(dtype=bool)].astype(str)) for table in tables]
+        if shared_marks := set.intersection(*marked):
+            return tuple(sorted(shared_marks))
+        raise DataValueError(f"var[{Keys.TARGET!r}] marks no gene common to all sections; run hx.pp.select_genes again")
+    from ..pp import select_genes
+
+    options: dict[str, Any] = dict(getattr(model.config, "gene_selection", None) or {})
+    if gene_selection is not None:
+        options = {"method": gene_selection}
+    if n_top_genes is not None:
+        options["n_top"] = n_top_genes
+    return tuple(select_genes(items, layer=counts_layer, table_key=table_key, copy=True, **options))
+
+
+def _shared(entries: list[Mapping[str, Any]], what: str, remedy: str) -> dict[str, Any]:
+    """The one entry all sections agree on."""
+    first = dict(entries[0])
+    for entry in entries[1:]:
+        if dict(entry) != first:
+            differing = sorted({key for key in {*first, *entry} if first.get(key) != dict(entry).get(key)})
+            raise ModelMismatchError(f"the sections differ in {what} ({', '.join(differing)}); {remedy}")
+    return first
+
+
+def _recipe(
+    views: list[SectionView], genes: tuple[str, ...], unit: str, embedding_key: str, seed: int, model: Model
+) -> Recipe:
+    from ..data.provenance import from_uns
+
+    tables = [view.table.adata for view in views]
+    encoders = [from_uns(embedding_entry(table, embedding_key).get("encoder", {})) for table in tables]
+    encoder = _shared(
+        encoders, f"the encoder of {embedding_key!r}", "embed all of them with the same call of hx.pp.embed"
+    )
+    notes = [table.uns.get(Keys.NAMESPACE, {}) for table in tables]
+    graph = nuclei = {}
+    if "graph" in model.info.needs:
+        graph = _graph_arguments([from_uns(note.get(Keys.CONNECTIVITIES, {})) for note in notes])
+    if "nuclei" in model.info.needs:
+        nuclei = dict(from_uns(notes[0].get(Keys.N_NUCLEI, {})).get("params", {}))
+    first = views[0].section
+    return Recipe(
+        genes=genes,
+        unit=unit,
+        embedding_key=embedding_key,
+        encoder=encoder,
+        n_features=int(first.features.shape[1]),
+        tiles=_tiles(views, embedding_key),
+        graph=graph,
+        nuclei=nuclei,
+        training={
+            "sections": [
+                {"name": view.section.name, "group": view.section.group, "n_obs": view.section.n_obs} for view in views
+            ],
+            "seed": seed,
+            "hespotex_version": __version__,
+        },
+    )
+
+
+def _graph_arguments(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return dict(entries[0].get("params", {}))
+
+
+def _tiles(views: list[SectionView], embedding_key: str) -> dict[str, Any]:
+    """Pitch, diameter and lattice of the training spots, for laying tiles on a slide without any."""
+    lattices = [detect_lattice(view.section.coordinates) for view in views]
+    known = [lattice for lattice in lattices if lattice is not None]
+    if not known:
+        return {}
+    kinds = [lattice.kind for lattice in known]
+    radii = [
+        float(radius)
+        for view in views
+        if (radius := embedding_entry(view.table.adata, embedding_key).get("spot_radius_um")) is not None
+    ]
+    pitch = float(np.median([lattice.pitch for lattice in known]))
+    tiles = {"pitch_um": pitch, "lattice": max(set(kinds), key=kinds.count)}
+    tiles["diameter_um"] = 2 * float(np.median(radii)) if radii else pitch / 2
+    return tiles
