@@ -18,13 +18,25 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import datasets, encoders, errors, get, io, metrics, models, pl, pp, segmentation, tl
 
-_NAMESPACES = ("datasets", "encoders", "errors", "get", "io", "metrics", "models", "pl", "pp", "segmentation", "tl")
-
-__all__ = [*_NAMESPACES, "__version__", "settings"]
+__all__ = [
+    "__version__",
+    "datasets",
+    "encoders",
+    "errors",
+    "get",
+    "io",
+    "metrics",
+    "models",
+    "pl",
+    "pp",
+    "segmentation",
+    "settings",
+    "tl",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMESPACES:
+    if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
