@@ -63,24 +63,20 @@ def write_prediction(
     """
     import pandas as pd
 
-    if own_table:
-        form = "X"
-        adata.X = values
-    elif set(genes) == set(map(str, adata.var_names)):
-        form = "layers"
+    form = "X" if own_table else "layers" if set(genes) == set(map(str, adata.var_names)) else "obsm"
+    if form == "layers":
         order = pd.Index(genes).get_indexer(adata.var_names)
         values = values[:, order]
         companions = {name: array[:, order] for name, array in companions.items()}
-        adata.layers[key] = values
-    else:
-        form = "obsm"
-        adata.obsm[key] = values
-    target = adata.obsm if form == "obsm" else adata.layers
-    names = (key, *(Keys.derived(key, name) for name in COMPANIONS))
     for mapping in (adata.layers, adata.obsm):  # an earlier prediction of the same key may have had another form
-        for name in names:
-            if name in mapping and not (mapping is target and name == key and form != "X"):
+        for name in (key, *(Keys.derived(key, companion) for companion in COMPANIONS)):
+            if name in mapping:
                 del mapping[name]
+    target = adata.obsm if form == "obsm" else adata.layers
+    if own_table:
+        adata.X = values
+    else:
+        target[key] = values
     for name, array in companions.items():
         target[Keys.derived(key, name)] = array
     return form
