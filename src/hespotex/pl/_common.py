@@ -1,0 +1,88 @@
+"""What the plots share: words for units, checks of names and axes, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .._keys import Keys
+from ..errors import DataValueError, MissingKeyError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+UNIT_LABELS = {
+    "log1p_cp10k": "log1p CP10k",
+    "log1p_cpm_panel": "log1p CPM of the panel",
+    "counts": "counts",
+}
+
+# Okabe & Ito's colours, told apart by all common kinds of colour vision.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+NULL_COLOUR = "#B3B3B3"
+
+
+def entry_of(pred: AnnData) -> tuple[str, dict]:
+    """Key and provenance of the prediction that :func:`hespotex.get.prediction` returned."""
+    (item,) = pred.uns[Keys.NAMESPACE].items()
+    return item
+
+
+def unit_label(pred: AnnData) -> str:
+    """The prediction's unit in words for an axis."""
+    unit = str(entry_of(pred)[1].get("unit", ""))
+    return UNIT_LABELS.get(unit, unit)
+
+
+def gene_list(genes: str | Sequence[str], pred: AnnData) -> list[str]:
+    """The genes asked for, all of them predicted."""
+    names = [genes] if isinstance(genes, str) else list(genes)
+    if not names:
+        raise DataValueError("genes is empty: name at least one predicted gene")
+    missing = [name for name in names if name not in pred.var_names]
+    if missing:
+        shown = ", ".join(map(str, pred.var_names[:8])) + (", …" if pred.n_vars > 8 else "")
+        raise MissingKeyError(
+            f"genes={missing} are not predicted by {entry_of(pred)[0]!r}; its {pred.n_vars} genes are: {shown}"
+        )
+    return names
+
+
+def column(pred: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
+    """Values of one gene, (n,)."""
+    matrix = pred.X if layer is None else pred.layers[layer]
+    values = matrix[:, pred.var_names.get_loc(gene)]
+    return np.asarray(values.todense() if hasattr(values, "todense") else values, dtype=float).ravel()
+
+
+def stored_score(pred: AnnData, gene: str) -> str:
+    """Score of a gene and its protocol as :func:`hespotex.tl.evaluate` stored them; empty if it was not run."""
+    key, entry = entry_of(pred)
+    name = Keys.derived(key, "pearson")
+    if name not in pred.var or pd.isna(pred.var[name].get(gene, np.nan)):
+        return ""
+    protocol = entry.get("protocol") or "protocol not recorded"
+    return f"r = {pred.var[name][gene]:.2f} ({protocol})"
+
+
+def axes_array(ax: Axes | Sequence[Axes] | np.ndarray, n: int) -> list[Axes]:
+    """The axes given, as a list of just `n`."""
+    axes = list(np.ravel(np.asarray(ax, dtype=object)))
+    if len(axes) != n:
+        raise DataValueError(f"ax holds {len(axes)} axes, the plot has {n} panels")
+    return axes
+
+
+def save_figure(figure: Figure, save: str | Path | None) -> None:
+    """Write the figure where asked, making the folder."""
+    if save is None:
+        return
+    path = Path(save)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
