@@ -1,0 +1,140 @@
+"""From arrays to the storage contract: the one place where readers build a SpatialData."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import Keys
+from ..errors import GeometryError
+
+if TYPE_CHECKING:
+    import dask.array as da
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
+
+__all__ = ["build_section", "build_slide", "circles", "image_element", "transformations"]
+
+
+def transformations(mpp: float) -> dict[str, Any]:
+    """Level-0 pixels are "global"; `mpp` takes them to "microns"."""
+    from spatialdata.transformations import Identity, Scale
+
+    return {"global": Identity(), Keys.MICRONS: Scale([mpp, mpp], axes=("x", "y"))}
+
+
+def image_element(levels: Sequence[da.Array], mpp: float) -> DataArray | DataTree:
+    """An image of precomputed levels (3, h, w); ``Image2DModel.parse`` would compute its own."""
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import set_transformation
+    from xarray import DataTree
+
+    parsed = [Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=["r", "g", "b"]) for level in levels]
+    element: DataArray | DataTree = parsed[0]
+    if len(parsed) > 1:
+        height, width = levels[0].shape[-2:]
+        element = DataTree.from_dict(
+            {f"scale{number}": _stretched(level, height, width) for number, level in enumerate(parsed)}
+        )
+    set_transformation(element, transformations(mpp), set_all=True)
+    Image2DModel().validate(element)
+    return element
+
+
+def _stretched(level: DataArray, height: int, width: int) -> Any:
+    """Dataset of a level whose coordinates are those of the finest one."""
+    level.attrs.clear()
+    coords = {
+        axis: (np.arange(level.sizes[axis]) + 0.5) * (full / level.sizes[axis])
+        for axis, full in (("y", height), ("x", width))
+    }
+    return level.assign_coords(coords).to_dataset(name="image")
+
+
+def circles(xy: np.ndarray, radius_px: float, ids: Sequence[Any], mpp: float) -> GeoDataFrame:
+    """Spots as circles in level-0 pixels."""
+    from spatialdata.models import ShapesModel
+
+    return ShapesModel.parse(
+        np.asarray(xy, dtype=np.float64),
+        geometry=0,
+        radius=float(radius_px),
+        index=ids,
+        transformations=transformations(mpp),
+    )
+
+
+def build_slide(levels: Sequence[da.Array], mpp: float, attrs: Mapping[str, Any]) -> SpatialData:
+    """A slide without expression."""
+    from spatialdata import SpatialData
+
+    return SpatialData(images={Keys.IMAGE: image_element(levels, mpp)}, attrs={Keys.NAMESPACE: dict(attrs)})
+
+
+def build_section(
+    levels: Sequence[da.Array],
+    adata: AnnData,
+    xy: np.ndarray,
+    *,
+    mpp: float,
+    radius_px: float,
+    attrs: Mapping[str, Any],
+    advice: str = "",
+) -> SpatialData:
+    """A section: image, spots as circles, and the table that annotates them.
+
+    Parameters
+    ----------
+    levels
+        Image, finest level first.
+    adata
+        Table, one row per spot; its ``obs_names`` become the spots' ids. Taken over, not copied.
+    xy
+        Centres of the spots in level-0 pixels, (n, 2).
+    mpp
+        µm per pixel of level 0.
+    radius_px
+        Radius of the spots in level-0 pixels.
+    attrs
+        JSON values kept under ``sdata.attrs["hespotex"]``.
+    advice
+        Ends the message about spots outside the image.
+
+    Raises
+    ------
+    GeometryError
+        If a centre lies outside the image.
+    """
+    import pandas as pd
+    from spatialdata import SpatialData
+    from spatialdata.models import TableModel
+
+    check_inside(xy, adata.obs_names, levels[0].shape[-1], levels[0].shape[-2], advice)
+    ids = adata.obs_names.astype(str)
+    adata.obs[Keys.REGION] = pd.Categorical([Keys.SPOTS] * adata.n_obs)
+    adata.obs[Keys.INSTANCE] = ids.to_numpy(dtype=object)
+    adata.obsm[Keys.SPATIAL] = np.asarray(xy, dtype=np.float64)
+    table = TableModel.parse(adata, region=Keys.SPOTS, region_key=Keys.REGION, instance_key=Keys.INSTANCE)
+    return SpatialData(
+        images={Keys.IMAGE: image_element(levels, mpp)},
+        shapes={Keys.SPOTS: circles(xy, radius_px, ids, mpp)},
+        tables={Keys.TABLE: table},
+        attrs={Keys.NAMESPACE: dict(attrs)},
+    )
+
+
+def check_inside(xy: np.ndarray, names: Sequence[str], width: int, height: int, advice: str) -> None:
+    """Raise if a centre is not finite or lies outside the image."""
+    inside = np.isfinite(xy).all(axis=1) & (xy >= 0).all(axis=1) & (xy[:, 0] <= width) & (xy[:, 1] <= height)
+    if inside.all():
+        return
+    outside = np.flatnonzero(~inside)
+    shown = ", ".join(f"{names[row]!r} at ({xy[row, 0]:.0f}, {xy[row, 1]:.0f})" for row in outside[:3])
+    raise GeometryError(
+        f"{len(outside)} of {len(xy)} spots lie outside the image of {width} x {height} px: {shown}"
+        f"{', …' if len(outside) > 3 else ''}. {advice}".rstrip()
+    )
