@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def fit_lightning(
     validate_every: int = 1,
     gradient_clip: float | None = None,
     shuffle: bool = True,
+    visit: Callable[[int], Sequence[int]] | None = None,
     name: str = "fit",
 ) -> Fit:
     """Fit `module` on `items`; afterwards it is on the CPU, in evaluation mode, and holds the best weights.
@@ -101,6 +102,8 @@ def fit_lightning(
         Largest norm of the gradient.
     shuffle
         Whether each epoch visits the items in a new order.
+    visit
+        Indices of the items that an epoch (from 0) visits, in order and always as many; in place of all of them.
     name
         Shown beside the progress bar and in messages.
 
@@ -133,7 +136,7 @@ def fit_lightning(
         settings = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle, run.seed)
         mark = _fingerprint(module, items, validation, settings)
         path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
-    order = _Order(items, run.seed, shuffle=shuffle)
+    order = _Order(items, run.seed, shuffle=shuffle, visit=visit)
     watcher = _watcher(order, path, monitor=monitor, mode=mode, patience=patience, max_epochs=max_epochs, name=name)
     saved = None if path is None else _read(path)
     if saved is not None:
@@ -184,15 +187,17 @@ def forget_checkpoints(run: Run, name: str = "fit") -> None:
 class _Order:
     """Items in an order that depends on seed and epoch alone; what Lightning takes for a data loader."""
 
-    def __init__(self, items: Sequence[Any], seed: int, *, shuffle: bool) -> None:
-        self.items, self.seed, self.shuffle, self.epoch = items, seed, shuffle, 0
+    def __init__(
+        self, items: Sequence[Any], seed: int, *, shuffle: bool, visit: Callable[[int], Sequence[int]] | None = None
+    ) -> None:
+        self.items, self.seed, self.shuffle, self.visit, self.epoch = items, seed, shuffle, visit, 0
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) if self.visit is None else len(self.visit(0))
 
     def __iter__(self) -> Iterator[Any]:
-        order = np.arange(len(self.items))
-        if self.shuffle:
+        order = np.arange(len(self.items)) if self.visit is None else np.array(self.visit(self.epoch))
+        if self.shuffle and self.visit is None:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         for index in order.tolist():
             yield self.items[index]
