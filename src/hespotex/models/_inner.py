@@ -1,0 +1,118 @@
+"""What the baselines share: row blocks, and the inner cross-validation that chooses their settings on training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.section import Rows, Section, rows_of
+from ..errors import DataValueError
+
+__all__ = ["InnerFold", "gene_correlation", "inner_folds", "read_features", "row_blocks", "within_section_score"]
+
+# Enough to tell settings apart; leaving out each of dozens of groups would cost minutes and choose the same.
+MAX_FOLDS = 8
+# Fewer observations cannot be split into blocks that a correlation makes sense on.
+MIN_TO_SPLIT = 12
+
+
+@dataclass(frozen=True, eq=False)
+class InnerFold:
+    """Rows that one round of the inner cross-validation holds out.
+
+    Attributes
+    ----------
+    held_out
+        Per section (by position in the training set) the held-out rows; all others are fitted on.
+    """
+
+    held_out: dict[int, np.ndarray]
+
+    def kept(self, sections: Sequence[Section]) -> dict[int, np.ndarray]:
+        """Per section the rows that are fitted on; sections without any are absent."""
+        kept = {
+            index: np.setdiff1d(np.arange(section.n_obs), self.held_out.get(index, np.empty(0, dtype=np.int64)))
+            for index, section in enumerate(sections)
+        }
+        return {index: rows for index, rows in kept.items() if len(rows)}
+
+
+def inner_folds(sections: Sequence[Section]) -> tuple[str, list[InnerFold]]:
+    """How to hold out parts of the training set: whole groups, else whole sections, else blocks of the one section.
+
+    Returns
+    -------
+    ``"group"``, ``"section"``, ``"block"`` or ``"none"`` (too few observations), and the folds. With more than eight
+    groups, several share a fold.
+    """
+    groups = list(dict.fromkeys(str(section.group) for section in sections))
+    if len(groups) >= 2:
+        kind, names = "group", [str(section.group) for section in sections]
+    elif len(sections) >= 2:
+        kind, names = "section", [section.name for section in sections]
+    else:
+        blocks = _spatial_blocks(sections[0])
+        return ("block" if blocks else "none"), [InnerFold({0: rows}) for rows in blocks]
+    order = list(dict.fromkeys(names))
+    n_folds = min(len(order), MAX_FOLDS)
+    fold_of = {name: position % n_folds for position, name in enumerate(order)}
+    held: list[dict[int, np.ndarray]] = [{} for _ in range(n_folds)]
+    for index, (section, name) in enumerate(zip(sections, names, strict=True)):
+        held[fold_of[name]][index] = np.arange(section.n_obs)
+    return kind, [InnerFold(rows) for rows in held]
+
+
+def _spatial_blocks(section: Section) -> list[np.ndarray]:
+    """Rows of four compact blocks of equal size: halves along the longer axis, each halved along the other."""
+    if section.n_obs < MIN_TO_SPLIT:
+        return []
+    position = np.asarray(section.coordinates, dtype=float)
+    long = int(np.argmax(np.ptp(position, axis=0)))
+    blocks = []
+    for half in np.array_split(np.argsort(position[:, long], kind="stable"), 2):
+        across = half[np.argsort(position[half, 1 - long], kind="stable")]
+        blocks += [np.sort(rows) for rows in np.array_split(across, 2)]
+    return blocks
+
+
+def row_blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices that cover ``range(n)``."""
+    if size < 1:
+        raise DataValueError(f"block_rows={size} must be at least 1")
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def read_features(section: Section, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    """Features of some rows, dense float32.
+
+    Raises
+    ------
+    DataValueError
+        If one is not finite.
+    """
+    block = np.ascontiguousarray(rows_of(section.features, rows), dtype=np.float32)
+    if not np.isfinite(block).all():
+        raise DataValueError(
+            f"section {section.name!r} has features that are NaN or infinite; embed it anew with hx.pp.embed"
+        )
+    return block
+
+
+def gene_correlation(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Pearson r of each gene, (G,): NaN where the measurement is constant, 0 where only the prediction is."""
+    y = measured - measured.mean(axis=0, dtype=np.float64)
+    p = predicted - predicted.mean(axis=0, dtype=np.float64)
+    yy, pp = (y * y).mean(axis=0), (p * p).mean(axis=0)
+    defined, varies = yy > 1e-12, pp > 1e-12
+    scale = np.sqrt(np.where(defined & varies, yy * pp, 1.0))
+    r = np.where(varies, (y * p).mean(axis=0) / scale, 0.0)
+    return np.where(defined, r, np.nan)
+
+
+def within_section_score(measured: Rows, predicted: np.ndarray) -> float:
+    """Mean over genes of Pearson r within one section; NaN if no gene varies."""
+    r = gene_correlation(rows_of(measured), predicted)
+    return float(np.nanmean(r)) if np.isfinite(r).any() else float("nan")

@@ -1,0 +1,267 @@
+"""Ridge regression of all genes on the image features: the baseline that every network must beat.
+
+Penalty and number of principal components are chosen by cross-validation inside the training sections. One
+eigendecomposition of the features' covariance serves all of both; only moments are kept, so memory grows with
+the square of the number of features and not with the number of observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from .._logging import logger
+from ..data.section import Prediction, Section
+from ..errors import DataValueError
+from ._base import Model, ModelInfo, Run
+from ._inner import gene_correlation, inner_folds, read_features, row_blocks
+from ._registry import register
+
+__all__ = ["Ridge", "RidgeConfig"]
+
+_READ_ROWS = 4096
+_FALLBACK_PENALTY = 1.0  # where there are too few observations to choose
+
+
+@dataclass(frozen=True)
+class RidgeConfig:
+    """Settings of :class:`Ridge`.
+
+    Attributes
+    ----------
+    penalties
+        Candidates for the penalty, as multiples of the number of training observations: with standardised features
+        a value of 1 is the average eigenvalue of their Gram matrix, whatever its size (scikit-learn's
+        ``alpha`` is `penalty` times the number of observations).
+    components
+        Candidates for the number of leading principal components regressed on; ``None`` means all features. Those
+        that are not fewer than the features count as ``None``.
+    score_rows
+        At most so many rows of each held-out section are scored when choosing, evenly spread.
+    """
+
+    penalties: tuple[float, ...] = tuple(float(10.0**exponent) for exponent in np.arange(-3, 3.25, 0.5))
+    components: tuple[int | None, ...] = (32, 64, 128, 256, 512, None)
+    score_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "penalties", tuple(map(float, self.penalties)))
+        object.__setattr__(self, "components", tuple(None if c is None else int(c) for c in self.components))
+        if not self.penalties or min(self.penalties) <= 0:
+            raise DataValueError(f"penalties={self.penalties} must be positive and at least one")
+        if not self.components or min((c for c in self.components if c is not None), default=1) < 1:
+            raise DataValueError(f"components={self.components} must be None or at least 1")
+        if self.score_rows < 2:
+            raise DataValueError(f"score_rows={self.score_rows} must be at least 2")
+
+
+@dataclass(eq=False)
+class _Moments:
+    """Sums over observations of features and targets, both shifted by constants against cancellation."""
+
+    n: int
+    x: np.ndarray  # (d,)
+    y: np.ndarray  # (G,)
+    xx: np.ndarray  # (d, d)
+    xy: np.ndarray  # (d, G)
+
+    def __sub__(self, other: _Moments) -> _Moments:
+        return _Moments(self.n - other.n, self.x - other.x, self.y - other.y, self.xx - other.xx, self.xy - other.xy)
+
+
+@dataclass(eq=False)
+class _Spectrum:
+    """Principal axes of the standardised features and the targets' covariance with them."""
+
+    centre: np.ndarray  # (d,), in shifted units
+    scale: np.ndarray  # (d,), 0 for constant features
+    level: np.ndarray  # (G,), in shifted units
+    axes: np.ndarray  # (d, d), leading first
+    values: np.ndarray  # (d,), per observation
+    along: np.ndarray  # (d, G), per observation
+
+
+@register
+class Ridge(Model[RidgeConfig]):
+    """Ridge regression on standardised features, with an optional projection on principal components.
+
+    The candidate with the highest mean Pearson r per gene *within held-out sections* is taken; groups (patients)
+    are held out if there are two or more, else sections, else four spatial blocks of the one section.
+    All candidates and their scores are kept in :attr:`choices`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hespotex import models
+    >>> from hespotex.data.section import Section, Targets
+    >>> rng = np.random.default_rng(0)
+    >>> features = rng.normal(size=(60, 3))
+    >>> counts = np.exp(features[:, :1])
+    >>> targets = Targets(counts, np.ones(60), ("A",), unit="counts")
+    >>> section = Section("s", np.arange(60).astype(str), features, rng.uniform(size=(60, 2)), targets=targets)
+    >>> model = models.create("ridge").fit([section])
+    >>> model.predict(section).mean.shape
+    (60, 1)
+    """
+
+    Config: ClassVar[type] = RidgeConfig
+    info: ClassVar[ModelInfo] = ModelInfo(
+        name="ridge",
+        summary="Ridge regression on the embedding; penalty and PCA size by inner cross-validation",
+        presets=("default",),
+    )
+
+    penalty: float
+    components: int | None
+    choices: list[dict[str, Any]]
+
+    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+        """Choose penalty and components on held-out training sections, then fit on all of them."""
+        self._begin(sections)
+        shift_x = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
+        shift_y = sections[0].require_targets()[slice(0, _READ_ROWS)].mean(axis=0, dtype=np.float64)
+
+        def moments(rows_of_section: Mapping[int, np.ndarray]) -> _Moments:
+            return _accumulate(sections, rows_of_section, shift_x, shift_y)
+
+        total = moments({index: np.arange(section.n_obs) for index, section in enumerate(sections)})
+        candidates = self._candidates()
+        kind, folds = inner_folds(sections)
+        if folds and len(candidates) > 1:
+            scores = [
+                _score(
+                    sections,
+                    fold.held_out,
+                    _decompose(total - moments(fold.held_out)),
+                    shift_x,
+                    candidates,
+                    self.config.score_rows,
+                )
+                for fold in folds
+            ]
+            mean = _nan_mean(np.concatenate(scores))
+        else:
+            kind, mean = "none", np.full(len(candidates), np.nan)
+        if np.isfinite(mean).any():
+            best = int(np.nanargmax(mean))
+        else:
+            best = min(range(len(candidates)), key=lambda i: abs(np.log(candidates[i][1] / _FALLBACK_PENALTY)))
+        self.components, self.penalty = candidates[best]
+        self.choices = [
+            {"components": size, "penalty": penalty, "pearson": None if np.isnan(score) else float(score)}
+            for (size, penalty), score in zip(candidates, mean, strict=True)
+        ]
+        self._chosen_by = kind
+        logger.info("ridge: components=%s, penalty=%g chosen by %s", self.components, self.penalty, kind)
+        spectrum = _decompose(total)
+        weights, intercept = _solve(spectrum, self.components, self.penalty)
+        self._weights = weights.astype(np.float32)
+        self._intercept = (intercept + shift_y - shift_x @ weights).astype(np.float32)
+        return self
+
+    def _candidates(self) -> list[tuple[int | None, float]]:
+        sizes = dict.fromkeys(None if c is None or c >= self.n_features else c for c in self.config.components)
+        return [(size, penalty) for size in sizes for penalty in self.config.penalties]
+
+    def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
+        """Yield one matrix product per block."""
+        self._check_section(section)
+        for rows in row_blocks(section.n_obs, block_rows):
+            mean = read_features(section, rows) @ self._weights + self._intercept
+            yield Prediction(np.asarray(section.ids)[rows], self.genes, self.unit, mean)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Weights, intercept and how they were chosen."""
+        values = {
+            "penalty": self.penalty,
+            "components": self.components,
+            "choices": self.choices,
+            "chosen_by": self._chosen_by,
+        }
+        return {"weights": self._weights, "intercept": self._intercept}, values
+
+    def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state`."""
+        self._weights, self._intercept = np.asarray(arrays["weights"]), np.asarray(arrays["intercept"])
+        self.penalty, self.components = values["penalty"], values["components"]
+        self.choices, self._chosen_by = values["choices"], values["chosen_by"]
+
+
+def _accumulate(
+    sections: Sequence[Section], rows_of_section: Mapping[int, np.ndarray], shift_x: np.ndarray, shift_y: np.ndarray
+) -> _Moments:
+    d, genes = len(shift_x), len(shift_y)
+    sums = _Moments(0, np.zeros(d), np.zeros(genes), np.zeros((d, d)), np.zeros((d, genes)))
+    for index, rows in rows_of_section.items():
+        targets = sections[index].require_targets()
+        for block in row_blocks(len(rows), _READ_ROWS):
+            x = read_features(sections[index], rows[block]) - shift_x
+            y = targets[rows[block]] - shift_y
+            sums.n += len(x)
+            sums.x += x.sum(axis=0)
+            sums.y += y.sum(axis=0)
+            sums.xx += x.T @ x
+            sums.xy += x.T @ y
+    return sums
+
+
+def _decompose(sums: _Moments) -> _Spectrum:
+    from scipy.linalg import eigh
+
+    centre, level = sums.x / sums.n, sums.y / sums.n
+    covariance = sums.xx / sums.n - np.outer(centre, centre)
+    variance = np.diag(covariance).copy()
+    varies = variance > 1e-10 * np.maximum(np.diag(sums.xx) / sums.n, 1e-30)
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+    covariance *= scale[:, None] * scale
+    values, axes = eigh(covariance, overwrite_a=True, check_finite=False)
+    axes, values = axes[:, ::-1], np.maximum(values[::-1], 0.0)
+    cross = (sums.xy / sums.n - np.outer(centre, level)) * scale[:, None]
+    return _Spectrum(centre, scale, level, axes, values, axes.T @ cross)
+
+
+def _solve(spectrum: _Spectrum, size: int | None, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (d, G) and intercept (G,) for features in shifted units."""
+    used = slice(None) if size is None else slice(size)
+    along = spectrum.along[used] / (spectrum.values[used] + penalty)[:, None]
+    weights = spectrum.scale[:, None] * (spectrum.axes[:, used] @ along)
+    return weights, spectrum.level - spectrum.centre @ weights
+
+
+def _score(
+    sections: Sequence[Section],
+    held_out: Mapping[int, np.ndarray],
+    spectrum: _Spectrum,
+    shift_x: np.ndarray,
+    candidates: Sequence[tuple[int | None, float]],
+    score_rows: int,
+) -> np.ndarray:
+    """Mean Pearson r of every candidate in every held-out section, (sections, candidates)."""
+    d = len(shift_x)
+    sizes = sorted({d if size is None else size for size, _ in candidates})
+    scores = np.full((len(held_out), len(candidates)), np.nan)
+    for row, (index, held) in enumerate(held_out.items()):
+        held = held[np.linspace(0, len(held) - 1, min(len(held), score_rows)).astype(np.int64)]
+        x = (read_features(sections[index], held) - shift_x - spectrum.centre) * spectrum.scale
+        position = (x @ spectrum.axes).astype(np.float32)
+        measured = sections[index].require_targets()[held]
+        found: dict[tuple[int, float], float] = {}
+        for penalty in {penalty for _, penalty in candidates}:
+            along = (spectrum.along / (spectrum.values + penalty)[:, None]).astype(np.float32)
+            predicted = np.zeros(measured.shape, dtype=np.float32)  # a constant changes no correlation
+            for start, stop in zip([0, *sizes], sizes, strict=False):
+                predicted += position[:, start:stop] @ along[start:stop]
+                r = gene_correlation(measured, predicted)
+                found[stop, penalty] = float(np.nanmean(r)) if np.isfinite(r).any() else float("nan")
+        scores[row] = [found[d if size is None else size, penalty] for size, penalty in candidates]
+    return scores
+
+
+def _nan_mean(scores: np.ndarray) -> np.ndarray:
+    known = np.isfinite(scores)
+    return np.where(
+        known.any(axis=0), np.where(known, scores, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan
+    )
