@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-os.environ["MPLBACKEND"] = "Agg"
-
-from hespotex._optional import ensure_torchvision
-
-ensure_torchvision()
-
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 import hespotex as hx
+from hespotex._optional import ensure_torchvision
 
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which hespotex itself does not do
+os.environ["MPLBACKEND"] = "Agg"
+ensure_torchvision()
 
 _DATA = Path(os.environ.get("HESPOTEX_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

@@ -116,11 +116,7 @@ def _download(section: str) -> tuple[Path, Path, Path]:
     for part, (source, digest) in zip(_PARTS, _FILES[section], strict=True):
         url = f"{_SOURCE}/{source}"
         try:
-            files.append(
-                Path(
-                    pooch.retrieve(url, f"sha256:{digest}", fname=_name(section, part), path=folder, progressbar=False)
-                )
-            )
+            file = pooch.retrieve(url, f"sha256:{digest}", fname=_name(section, part), path=folder)
         except (OSError, ValueError) as error:  # no connection, or a checksum that does not fit
             raise DataValueError(f"{url} could not be downloaded ({error}). {_advice(section)}") from error
         files.append(Path(file))
