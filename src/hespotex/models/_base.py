@@ -81,6 +81,11 @@ class Model(ABC, Generic[Config]):
         """Whether the model has been fitted."""
         return bool(self.genes)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a section this model reads, of ``embedding``, ``graph``, ``nuclei``; its config may decide."""
+        return getattr(self.config, "needs", self.info.needs)
+
     @abstractmethod
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Fit on `sections`, all of which carry targets of the same genes in the same unit."""

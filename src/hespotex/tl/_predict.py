@@ -255,9 +255,9 @@ def _prepare(
     if embedded is None:
         raise MissingKeyError(f"no table annotates shapes_key={shapes_key!r}; make one with hx.pp.embed(sdata)")
     _check_embedding(embedded.adata, recipe)
-    if "graph" in model.info.needs and Keys.CONNECTIVITIES not in embedded.adata.obsp:
+    if "graph" in model.needs and Keys.CONNECTIVITIES not in embedded.adata.obsp:
         pp.spatial_graph(data, table_key=embedded.key, **recipe.graph)
-    if "nuclei" in model.info.needs and recipe.nuclei and Keys.N_NUCLEI not in embedded.adata.obs:
+    if "nuclei" in model.needs and recipe.nuclei and Keys.N_NUCLEI not in embedded.adata.obs:
         pp.segment_nuclei(
             data,
             image_key=image_key,
@@ -313,9 +313,9 @@ def _check_embedding(adata: AnnData, recipe: Recipe) -> None:
 
 
 def _require_on_anndata(adata: AnnData, model: Model, recipe: Recipe) -> None:
-    if "graph" in model.info.needs and Keys.CONNECTIVITIES not in adata.obsp:
+    if "graph" in model.needs and Keys.CONNECTIVITIES not in adata.obsp:
         raise MissingKeyError(f"obsp[{Keys.CONNECTIVITIES!r}] is missing; make it with hx.pp.spatial_graph(adata)")
-    if "nuclei" in model.info.needs and recipe.nuclei and Keys.N_NUCLEI not in adata.obs:
+    if "nuclei" in model.needs and recipe.nuclei and Keys.N_NUCLEI not in adata.obs:
         raise MissingKeyError(
             f"obs[{Keys.N_NUCLEI!r}] is missing; make it with hx.pp.segment_nuclei(sdata) on the SpatialData"
         )
@@ -339,7 +339,7 @@ def _predict_one(
         table_key=table.key,
         image_key=image_key,
         embedding_key=recipe.embedding_key,
-        with_edges="graph" in model.info.needs,
+        with_edges="graph" in model.needs,
     )
     arrays = _fill(model, views, adata.n_obs, block_rows)
     values = arrays.pop("mean")

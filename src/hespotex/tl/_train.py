@@ -117,7 +117,7 @@ def train(
         model = create(model, preset=preset, config=config)
     elif preset is not None or config is not None:
         raise DataValueError("preset= and config= go with a model's name; model is already an object")
-    needs_graph = "graph" in model.info.needs
+    needs_graph = "graph" in model.needs
     keys: dict[str, Any] = {
         "embedding_key": embedding_key,
         "table_key": table_key,
@@ -230,9 +230,9 @@ def _recipe(
     )
     notes = [table.uns.get(Keys.NAMESPACE, {}) for table in tables]
     graph = nuclei = {}
-    if "graph" in model.info.needs:
+    if "graph" in model.needs:
         graph = _graph_arguments([from_uns(note.get(Keys.CONNECTIVITIES, {})) for note in notes])
-    if "nuclei" in model.info.needs:
+    if "nuclei" in model.needs:
         nuclei = dict(from_uns(notes[0].get(Keys.N_NUCLEI, {})).get("params", {}))
     first = views[0].section
     return Recipe(
