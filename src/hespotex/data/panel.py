@@ -1,0 +1,217 @@
+"""Which genes to predict: chosen from the counts of the sections given, and from nothing else.
+
+The core of :func:`hespotex.pp.select_genes` and of the panels that :func:`hespotex.tl.cross_validate` chooses
+anew in every fold. It works on count matrices; scanpy and squidpy are used for the two statistics they own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+from scipy import sparse
+
+from ..errors import CountsError, DataValueError, MissingKeyError
+from .counts import check_counts, check_names, library_size
+
+__all__ = ["METHODS", "Method", "PanelSource", "choose_panel", "shared_genes"]
+
+Method = Literal["hvg", "high_mean", "most_variable", "svg"]
+METHODS: Final[tuple[str, ...]] = get_args(Method)
+
+# HESpotEx drops genes seen in fewer than 1,000 spots, whatever the number of spots; on its ten sections of about
+# 4,200 spots that is this share. It does so only for panels asked for with fewer than 1,100 genes.
+PAPER_FRACTION: Final = 0.024
+PAPER_MAX_N_TOP: Final = 1100
+
+
+@dataclass(frozen=True, eq=False)
+class PanelSource:
+    """What a panel is chosen from: one section.
+
+    Attributes
+    ----------
+    counts
+        Raw counts, sparse (n, G).
+    genes
+        Names of the columns.
+    total
+        Library size of each observation, (n,); the row sums of `counts` by default.
+    graph
+        Neighbour graph, sparse (n, n); needed by ``"svg"`` only.
+    name
+        Name for messages.
+    """
+
+    counts: Any
+    genes: tuple[str, ...]
+    total: np.ndarray | None = None
+    graph: Any = None
+    name: str = "section"
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts, f"section {self.name!r}")
+        object.__setattr__(self, "genes", tuple(map(str, self.genes)))
+        if self.counts.shape[1] != len(self.genes):
+            raise DataValueError(f"section {self.name!r}: {len(self.genes)} names for {self.counts.shape[1]} genes")
+        check_names(self.genes, f"section {self.name!r}: gene names")
+        if self.counts.shape[0] == 0:
+            raise CountsError(f"section {self.name!r} has no observations")
+        if self.total is None:
+            object.__setattr__(self, "total", library_size(self.counts))
+
+    def columns(self, genes: Sequence[str]) -> sparse.csc_array:
+        """Counts of `genes` in that order."""
+        place = {gene: column for column, gene in enumerate(self.genes)}
+        return sparse.csc_array(sparse.csc_array(self.counts)[:, [place[gene] for gene in genes]])
+
+
+def shared_genes(sources: Sequence[PanelSource]) -> list[str]:
+    """Genes counted at least once in every section, sorted by name."""
+    if not sources:
+        raise DataValueError("sdatas is empty: a panel is chosen from at least one section")
+    shared: set[str] | None = None
+    for source in sources:
+        seen = np.asarray(source.counts.sum(axis=0, dtype=np.float64)).ravel() > 0
+        names = {gene for gene, present in zip(source.genes, seen, strict=True) if present}
+        shared = names if shared is None else shared & names
+    return sorted(shared or ())
+
+
+def choose_panel(
+    sources: Sequence[PanelSource],
+    *,
+    method: str = "hvg",
+    n_top: int = 1000,
+    min_spots_fraction: float | None = None,
+    min_spots: int | None = None,
+    span: float = 0.3,
+) -> tuple[str, ...]:
+    """Names of the panel, sorted; see :func:`hespotex.pp.select_genes` for the methods.
+
+    Raises
+    ------
+    DataValueError
+        If no gene is left, or an argument is out of range.
+    """
+    if method not in METHODS:
+        raise DataValueError(f"method={method!r} is unknown; possible: {', '.join(map(repr, METHODS))}")
+    if n_top < 1:
+        raise DataValueError(f"n_top={n_top} must be at least 1")
+    if min_spots_fraction is not None and not 0 <= min_spots_fraction < 1:
+        raise DataValueError(f"min_spots_fraction={min_spots_fraction} must lie in [0, 1)")
+    if min_spots is not None and (min_spots < 0 or min_spots_fraction is not None):
+        raise DataValueError("give min_spots >= 0 or min_spots_fraction, not both")
+    genes = shared_genes(sources)
+    if not genes:
+        raise DataValueError("the gene panel is empty: the sections share no gene that is counted in all of them")
+
+    counts = [source.columns(genes) for source in sources]
+    n_spots = sum(matrix.shape[0] for matrix in counts)
+    needed = _spots_needed(method, n_top, min_spots_fraction, min_spots, n_spots)
+    detected = np.sum([np.diff(matrix.indptr) for matrix in counts], axis=0) >= needed
+    if method == "hvg":
+        # As published: first the union over sections, then the filter, so that it also thins a list taken whole.
+        chosen = _highly_variable(counts, n_top, span) & detected
+    else:
+        score = np.where(
+            detected,
+            np.mean([_STATISTICS[method](*pair) for pair in zip(sources, counts, strict=True)], axis=0),
+            -np.inf,
+        )
+        order = np.argsort(-score, kind="stable")[:n_top]  # genes are sorted: ties go to the earlier name
+        chosen = np.zeros(len(genes), dtype=bool)
+        chosen[order[np.isfinite(score[order])]] = True
+    if not chosen.any():
+        raise DataValueError(
+            f"the gene panel is empty: of {len(genes)} shared genes none passes method={method!r}, n_top={n_top} and "
+            f"detection in {needed:g} of {n_spots} spots; lower min_spots_fraction="
+        )
+    return tuple(gene for gene, keep in zip(genes, chosen, strict=True) if keep)
+
+
+def _spots_needed(method: str, n_top: int, fraction: float | None, absolute: int | None, n_spots: int) -> float:
+    """Number of spots, over all sections, a gene has to be detected in."""
+    if absolute is not None:
+        return absolute
+    if fraction is None:
+        if method == "hvg":
+            fraction = PAPER_FRACTION if n_top < PAPER_MAX_N_TOP else 0.0
+        else:
+            # "Most variable" is dominated by a few bright spots of rare genes unless those are left out.
+            fraction = 0.10 if method == "most_variable" else 0.0
+    return fraction * n_spots
+
+
+def _highly_variable(counts: Sequence[sparse.csc_array], n_top: int, span: float) -> np.ndarray:
+    """Union over sections of scanpy's ``seurat_v3`` genes."""
+    import pandas as pd
+    import scanpy as sc
+    from anndata import AnnData
+
+    n_genes = counts[0].shape[1]
+    if n_genes <= n_top:
+        return np.ones(n_genes, dtype=bool)
+    union = np.zeros(n_genes, dtype=bool)
+    names = pd.Index([str(column) for column in range(n_genes)])
+    for matrix in counts:
+        section = AnnData(sparse.csr_matrix(matrix).astype(np.float64), var=pd.DataFrame(index=names))
+        found = sc.pp.highly_variable_genes(section, flavor="seurat_v3", n_top_genes=n_top, span=span, inplace=False)
+        union |= found["highly_variable"].to_numpy(dtype=bool)
+    return union
+
+
+def _log_normalised(source: PanelSource, counts: sparse.csc_array) -> sparse.csc_array:
+    """Log1p of counts per 10,000 of the full library, kept sparse."""
+    total = np.asarray(source.total, dtype=np.float64)
+    scale = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
+    values = sparse.csc_array(sparse.diags_array(scale) @ counts)
+    values.data = np.log1p(values.data)
+    return values
+
+
+def _means(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
+    return np.asarray(_log_normalised(source, counts).sum(axis=0)).ravel() / counts.shape[0]
+
+
+def _variances(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
+    """Variance of each gene without ever making a dense matrix: stored values centred, the zeros counted."""
+    values = _log_normalised(source, counts)
+    n, mean = counts.shape[0], np.asarray(values.sum(axis=0)).ravel() / counts.shape[0]
+    stored = np.diff(values.indptr)
+    column = np.repeat(np.arange(values.shape[1]), stored)
+    squares = np.bincount(column, weights=(values.data - mean[column]) ** 2, minlength=values.shape[1])
+    return (squares + (n - stored) * mean**2) / n
+
+
+def _morans_i(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
+    """Moran's I of each gene by squidpy, on spots that have a neighbour; constant genes last."""
+    import pandas as pd
+    import squidpy as sq
+    from anndata import AnnData
+
+    if source.graph is None:
+        raise MissingKeyError(
+            f"section {source.name!r} has no neighbour graph, which method='svg' needs; make it with hx.pp.spatial_graph(sdata)"
+        )
+    graph = sparse.csr_matrix(source.graph)
+    linked = np.diff(graph.indptr) > 0
+    if linked.sum() < 3:
+        raise DataValueError(f"section {source.name!r}: fewer than three spots have a neighbour")
+    values = sparse.csr_matrix(_log_normalised(source, counts))[linked]
+    varies = np.asarray(_variances(source, counts)) > 1e-12
+    result = np.full(counts.shape[1], -np.inf)
+    names = pd.Index([str(column) for column in np.flatnonzero(varies)])
+    section = AnnData(values[:, varies].toarray(), var=pd.DataFrame(index=names))
+    section.obsp["spatial_connectivities"] = graph[linked][:, linked]
+    table = sq.gr.spatial_autocorr(
+        section, mode="moran", genes=list(names), n_perms=None, corr_method=None, copy=True, show_progress_bar=False
+    )
+    found = table["I"].reindex(names).to_numpy(dtype=np.float64)
+    result[varies] = np.where(np.isfinite(found), found, -np.inf)
+    return result
+
+
+_STATISTICS: Final = {"high_mean": _means, "most_variable": _variances, "svg": _morans_i}
