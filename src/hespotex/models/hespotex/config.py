@@ -1,0 +1,216 @@
+"""What can be chosen about HESpotEx: each switch, its published value and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ...data.units import check_unit
+from ...errors import DataValueError
+
+__all__ = ["PAPER", "HESpotExConfig"]
+
+Standardize = Literal["none", "global", "section"]
+Nuclei = Literal["none", "multiply", "multiply_legacy", "feature"]
+Graph = Literal["lattice", "legacy"]
+GateOrder = Literal["joint", "sequential"]
+Tying = Literal["shared", "legacy"]
+LayerOrder = Literal["parallel", "chained"]
+Skip = Literal["none", "ridge"]
+Stopping = Literal["fixed", "inner"]
+Output = Literal["none", "clip", "shift"]
+
+_CHOICES: dict[str, Any] = {
+    "standardize": Standardize,
+    "nuclei": Nuclei,
+    "graph": Graph,
+    "gate_graph": Graph,
+    "gate_order": GateOrder,
+    "gate_tying": Tying,
+    "layer_order": LayerOrder,
+    "skip": Skip,
+    "stopping": Stopping,
+    "output": Output,
+}
+
+
+@dataclass(frozen=True)
+class HESpotExConfig:
+    """Settings of :class:`HESpotEx`; the defaults are ours, ``preset="paper"`` gives the published ones.
+
+    Attributes
+    ----------
+    unit
+        Unit of the targets that :func:`hespotex.tl.train` uses for this model.
+    gene_selection
+        Keyword arguments of :func:`hespotex.pp.select_genes` that it chooses the genes with.
+    standardize
+        Image features as they come (``"none"``), scaled by mean and spread over all training observations
+        (``"global"``), or over the section they belong to (``"section"``, against stain shift).
+    context
+        Rounds of neighbour averaging whose results are appended to the image features; 0 for none.
+    nuclei
+        ``"multiply"``: the prediction is multiplied by a factor in [1, 2] from the number of nuclei, against a
+        reference count of the training sections; ``"multiply_legacy"``: by the published factor, from the label
+        count of the patch window against the section's own maximum; ``"feature"``: the number of nuclei is
+        appended to the image features; ``"none"``.
+    graph
+        Decoder graph: the section's own symmetric lattice graph, or the published directed graph of the four
+        nearest on integer pixels.
+    legacy_self_subtraction
+        Neighbour term (Σ neighbours − self) / (k − 1) as the published code computes it, in place of the mean.
+    align_weight
+        Weight of the alignment of patch embeddings with spot embeddings; 0 leaves the expression stream out.
+    standardize_alignment
+        Scale each dimension of the spot embeddings over all training spots before aligning.
+    gate_graph
+        Graph of the expression stream: the section's lattice graph, or the published seven nearest, symmetric.
+    gate_order
+        ``"joint"``: each epoch visits all sections, which are then embedded with the final weights;
+        ``"sequential"``: as published, one section after another, each embedded when its turn ends.
+    gate_tying
+        See :class:`hespotex.models.nn.gate.GATE`.
+    gate_hidden, gate_epochs, gate_lr, gate_weight_decay, gate_clip
+        Width and training of the expression stream; epochs per section.
+    width, head_width, dropout
+        Width of the embeddings; hidden width of and dropout in the two heads of the image stream.
+    n_layers, layer_order
+        Neighbour layers; ``"parallel"`` as in the published code, ``"chained"`` as in the published figure.
+    jk_hidden
+        Hidden size of the LSTM; ``None`` is the number of outputs, as published, whose cost grows with its square.
+    scale_genes
+        Learn every gene in units of its spread over the training observations.
+    target_rank
+        Learn this many principal components of the training targets in place of the genes; ``None``: the genes.
+    skip
+        ``"ridge"``: the networks learn what a ridge regression on the same inputs leaves over.
+    n_members
+        Networks trained side by side, whose predictions are averaged.
+    epochs, lr, weight_decay
+        Training of the image stream.
+    stopping
+        ``"fixed"``: all `epochs`; ``"inner"``: the number of epochs, at most `epochs`, is chosen by leaving out
+        groups of the training sections.
+    inner_folds
+        Largest number of folds of that choice.
+    output
+        Predictions as they come, clipped to the values the unit can take (``"clip"``), or less their minimum over
+        the section, as published (``"shift"``).
+    mixed_precision
+        Whether 16-bit mixed precision may be used on a GPU.
+    chunk
+        Observations decoded at a time in training; bounds memory, changes no result.
+    """
+
+    unit: str = "log1p_cp10k"
+    gene_selection: Mapping[str, Any] = field(default_factory=dict)
+    standardize: Standardize = "section"
+    context: int = 1
+    nuclei: Nuclei = "none"
+    graph: Graph = "lattice"
+    legacy_self_subtraction: bool = False
+    align_weight: float = 0.1
+    standardize_alignment: bool = True
+    gate_graph: Graph = "lattice"
+    gate_order: GateOrder = "joint"
+    gate_tying: Tying = "shared"
+    gate_hidden: int = 512
+    gate_epochs: int = 100
+    gate_lr: float = 1e-3
+    gate_weight_decay: float = 1e-4
+    gate_clip: float = 5.0
+    width: int = 64
+    head_width: int = 256
+    dropout: float = 0.1
+    n_layers: int = 4
+    layer_order: LayerOrder = "parallel"
+    jk_hidden: int | None = 64
+    scale_genes: bool = True
+    target_rank: int | None = 64
+    skip: Skip = "ridge"
+    n_members: int = 3
+    epochs: int = 30
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    stopping: Stopping = "inner"
+    inner_folds: int = 3
+    output: Output = "clip"
+    mixed_precision: bool = True
+    chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        check_unit(self.unit)
+        for name, kind in _CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            least = _LEAST.get(each.name)
+            if least is not None and value is not None and not value >= least:
+                raise DataValueError(f"{each.name}={value!r} must be at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise DataValueError(f"dropout={self.dropout!r} must be in [0, 1)")
+        if self.nuclei.startswith("multiply") and (self.target_rank is not None or self.scale_genes or self.skip != "none"):
+            raise DataValueError(
+                f"nuclei={self.nuclei!r} multiplies expression itself: it goes with target_rank=None, scale_genes=False "
+                "and skip='none'"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a section these settings read besides its embedding."""
+        uses_lattice = self.graph == "lattice" or self.context > 0
+        uses_lattice = uses_lattice or (self.align_weight > 0 and self.gate_graph == "lattice")
+        needs = ["embedding"]
+        if uses_lattice:
+            needs.append("graph")
+        if self.nuclei != "none":
+            needs.append("nuclei")
+        return tuple(needs)
+
+
+_LEAST: dict[str, float] = {
+    "context": 0,
+    "align_weight": 0,
+    "gate_hidden": 1,
+    "gate_epochs": 1,
+    "width": 1,
+    "head_width": 1,
+    "n_layers": 1,
+    "jk_hidden": 1,
+    "target_rank": 1,
+    "n_members": 1,
+    "epochs": 1,
+    "inner_folds": 2,
+    "chunk": 1,
+}
+
+# What the authors do, less what looks at the section to be predicted: panel, expression stream and the choice of the
+# epoch are fitted on the training sections. Their filter of 1,000 spots of 42,212 is the same fraction of training spots.
+PAPER = HESpotExConfig(
+    unit="log1p_cpm_panel",
+    gene_selection={"method": "hvg", "n_top": 1000},
+    standardize="none",
+    context=0,
+    nuclei="multiply_legacy",
+    graph="legacy",
+    legacy_self_subtraction=True,
+    align_weight=1.0,
+    standardize_alignment=False,
+    gate_graph="legacy",
+    gate_order="sequential",
+    gate_tying="legacy",
+    gate_epochs=500,
+    head_width=1024,
+    dropout=0.0,
+    jk_hidden=None,
+    scale_genes=False,
+    target_rank=None,
+    skip="none",
+    n_members=1,
+    epochs=30,
+    stopping="fixed",
+    output="shift",
+    mixed_precision=False,
+)
