@@ -373,10 +373,10 @@ def _predict_one(
         weights_id=identify(model),
         embedding_key=recipe.embedding_key,
         created_by="hespotex.tl.predict",
-        **({"table": "prediction"} if own_table else {}),
     )
     if own_table:
         assert name is not None
+        adata.uns[Keys.NAMESPACE]["table"] = "prediction"  # tells it from the user's tables
         data[name] = adata  # type: ignore[index]
     return f"{name or ''}:{form}[{key!r}]"
 
