@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ._her2st import her2st
+from ._synthetic import cell_truth, synthetic
 
-__all__ = ["her2st"]
+__all__ = ["cell_truth", "her2st", "synthetic"]
