@@ -17,7 +17,6 @@ project = "hespotex"
 author = "The hespotex developers"
 copyright = f"{datetime.now(UTC):%Y}, {author}"
 release = version = hespotex.__version__
-repository_url = "https://github.com/hespotex/hespotex"
 
 extensions = [
     "myst_nb",
@@ -83,9 +82,6 @@ html_title = "hespotex"
 html_static_path = ["_static"]
 html_css_files = ["hespotex.css"]
 html_theme_options = {
-    "repository_url": repository_url,
-    "use_repository_button": True,
-    "path_to_docs": "docs/",
     "show_navbar_depth": 1,
 }
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["gene_correlation"]
 
 NULL_PREFIX = "null"
-CEILING = "ceiling"
+CORRELATIONS = ("pearson", "spearman")
+SPLIT_HALF = "split_half"
 
 
 def gene_correlation(
@@ -26,7 +27,7 @@ def gene_correlation(
     *,
     metric: str = "pearson",
     models: Sequence[str] | None = None,
-    ceiling: str | None = CEILING,
+    ceiling: bool = True,
     title: str | None = None,
     ax: Axes | None = None,
     save: str | Path | None = None,
@@ -47,7 +48,7 @@ def gene_correlation(
     models
         Models to draw, top to bottom; by default models by falling mean, then nulls (``null_…``).
     ceiling
-        Column with the ceiling of each gene and section; ignored where absent.
+        Whether to draw the ceiling of the mean correlation, where the table has ``split_half``.
     title
         Title; by default the protocol of ``scores.attrs["protocol"]``, where there is one.
     ax
@@ -75,6 +76,8 @@ def gene_correlation(
     """
     import matplotlib.pyplot as plt
 
+    from ..metrics import ceiling as noise_ceiling
+
     if not isinstance(scores, pd.DataFrame):
         raise DataTypeError(f"scores must be the DataFrame of hx.tl.evaluate or cross_validate, got {type(scores)}")
     for name in ("model", "gene", metric):
@@ -100,8 +103,9 @@ def gene_correlation(
         ax.plot([mean, mean], [row - 0.38, row + 0.38], color="black", linewidth=1.6)
         ax.annotate(f"{mean:.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-    if ceiling is not None and ceiling in scores and scores[ceiling].notna().any():
-        value = _per_gene(scores, ceiling, by=("gene",)).mean()  # the same for every model
+    if ceiling and metric in CORRELATIONS and SPLIT_HALF in scores and scores[SPLIT_HALF].notna().any():
+        halves = _per_gene(scores, SPLIT_HALF, by=("gene",))  # measurement alone: the same for every model
+        value = noise_ceiling(halves.to_numpy()).mean_first
         ax.axvline(value, color="black", linestyle="--", linewidth=1, label=f"noise ceiling {value:.2f}")
         ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
     ax.set_yticks(range(len(order)), order)
