@@ -1,0 +1,239 @@
+"""The encoder that needs no weights: stain, texture and nuclei, described by formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import DataValueError
+from ..image.color import stain_tables
+from ..image.features import Octaves, block_mean, level_names, window_means
+from ._base import Encoder, EncoderInfo
+
+if TYPE_CHECKING:
+    from ..data.geometry import Slide
+    from ..image.stream import Block, WorkingGrid
+
+__all__ = ["Morphology"]
+
+CELL_UM = 11.0  # maps finer than this are averaged to cells of about this size before windows are laid over them
+COARSEST_UM = 44.0  # pixel of the coarsest octave: glands, vessels, nests
+HALO_CELLS = 4  # a map at the border of a block depends on less than three cells beyond it
+COLOUR_NAMES = ("h_mean", "e_mean", "residual_mean", "h_square", "e_square", "residual_square", "he_product")
+_BLOCK_PX = 1024
+_CENTRES_AT_ONCE = 65_536
+_CELLS_AT_ONCE = 1_000_000  # with about 100 maps of 4 bytes, 0.4 GB: the part of a slide that is in memory at a time
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """Maps of a part of a slide that share a cell size.
+
+    `values` (m, h, w) starts at row `top` of the working grid; a cell is `side` working pixels wide.
+    """
+
+    values: np.ndarray
+    side: int
+    top: int
+
+
+class Morphology(Encoder):
+    """Stain, texture and nuclear statistics of a tile and of its surroundings.
+
+    No weights, no randomness, no training. All maps are computed once per pixel, so that overlapping tiles and fine
+    grids cost next to nothing. Turning the image by a right angle changes no feature. The features are, each as a mean over
+    the tile and over the context (prefix ``tile_`` and ``context_``; level *j* has pixels of ``mpp * 2**j`` µm):
+
+    ``h_mean``, ``e_mean``, ``residual_mean``, ``h_sd``, …, ``he_product``
+        Amounts of haematoxylin, eosin and what is neither; their spread; their product.
+    ``h_band<j>``, ``h_power<j>``, ``h_skew<j>``, ``he_band<j>``
+        Strength of detail of that size: mean, root mean square, excess of dark over light; the same in eosin (``e_``);
+        whether both dyes share it.
+    ``h_pattern<i>_<j>``
+        How unevenly, at size *j*, the finer detail of size *i* is spread: crowds and gaps of nuclei, bundles of fibres.
+    ``h_direction<i>_<j>``, ``h_coherence<i>_<j>``
+        How strongly, and how strictly, edges of size *i* run in one direction within an area of size *j*: fibres, rims.
+    ``blobs<j>_<k>``, ``blob<j>_contrast``, ``blob<j>_density``, ``blob<j>_eosin``
+        Nuclei of that size: their density at three least contrasts, and the sum of their contrast, haematoxylin and
+        eosin.
+    ``gaps<j>``, ``gap<j>_contrast``
+        Light spots of that size: vacuoles, lumina, clefts.
+
+    Parameters
+    ----------
+    tile_um
+        Side of the tile in µm.
+    context_um
+        Side of the surroundings in µm, the tile included; ``None`` for the tile alone.
+    mpp
+        Working resolution in µm per pixel.
+
+    Raises
+    ------
+    DataValueError
+        If a size is not positive, or the context smaller than the tile.
+
+    Examples
+    --------
+    >>> from hespotex.encoders.morphology import Morphology
+    >>> Morphology(context_um=None).feature_names[:2]
+    ('tile_h_mean', 'tile_e_mean')
+    """
+
+    info = EncoderInfo(
+        name="morphology",
+        summary="stain, texture and nuclei by formulas; no weights",
+        mpp=1.376,
+        tile_um=160.0,
+        licence="BSD-3-Clause",
+    )
+    name = "morphology"
+
+    def __init__(self, *, tile_um: float = 160.0, context_um: float | None = 480.0, mpp: float = 1.376) -> None:
+        for label, value in (("tile_um", tile_um), ("context_um", context_um), ("mpp", mpp)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise DataValueError(f"{label}={value!r} must be a positive number")
+        if context_um is not None and context_um < tile_um:
+            raise DataValueError(f"context_um={context_um!r} is smaller than tile_um={tile_um!r}; None leaves it out")
+        self.tile_um, self.mpp = float(tile_um), float(mpp)
+        self.context_um = None if context_um is None else float(context_um)
+        self._fine = max(int(np.rint(np.log2(CELL_UM / self.mpp))), 0)
+        self._levels = max(int(np.rint(np.log2(COARSEST_UM / self.mpp))), self._fine) + 1
+        if self._fine < 1:
+            raise DataValueError(f"mpp={mpp!r} is too coarse for texture; use {CELL_UM / 2:g} µm/px or finer")
+        self._windows = {"tile": self.tile_um}
+        if self.context_um is not None:
+            self._windows["context"] = self.context_um
+        self._map_names = [*COLOUR_NAMES, *(name for level in range(self._levels) for name in level_names(level))]
+        self._tables = stain_tables()
+
+    @property
+    def n_features(self) -> int:
+        """Width of the embedding."""
+        return len(self._map_names) * len(self._windows)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Name of each feature, in order."""
+        names = [name.replace("_square", "_sd") for name in self._map_names]
+        return tuple(f"{window}_{name}" for window in self._windows for name in names)
+
+    def params(self) -> dict[str, Any]:
+        """JSON values that identify the embedding; see :meth:`Encoder.params`."""
+        return {
+            "name": self.name,
+            "tile_um": self.tile_um,
+            "context_um": self.context_um,
+            "mpp": self.mpp,
+        }
+
+    def embed(
+        self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (row indices (b,), features (b, n_features) float32), in horizontal parts of the slide.
+
+        `device` is ignored, and `batch_size` a lower bound: it takes longer to set up a part than to read it off.
+        """
+        from ..image.stream import working_grid
+
+        grid = working_grid(slide, self.mpp)
+        xy = grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2))
+        for rows in self._parts(xy, grid):
+            maps = self._maps(slide, grid, xy[rows], progress_bar=progress_bar)
+            for start in range(0, len(rows), max(batch_size, _CENTRES_AT_ONCE)):
+                chunk = rows[start : start + max(batch_size, _CENTRES_AT_ONCE)]
+                yield chunk, self._features(maps, xy[chunk], grid)
+
+    def _reach(self, grid: WorkingGrid) -> float:
+        """Working pixels around a centre that its features depend on."""
+        # Above the cells each octave is smoothed by two of its pixels, and the coarsest grid is aligned to its own.
+        return max(self._windows.values()) / grid.mpp / 2 + 4.0 * 2**self._levels
+
+    def _parts(self, xy: np.ndarray, grid: WorkingGrid) -> Iterator[np.ndarray]:
+        """Row indices of the centres in horizontal parts of bounded memory."""
+        if not len(xy):
+            return
+        cells_per_row = max(grid.shape[1] / 2**self._fine, 1)
+        height = max(_CELLS_AT_ONCE / cells_per_row * 2**self._fine - 2 * self._reach(grid), 2 * self._reach(grid))
+        order = np.argsort(xy[:, 1], kind="stable")
+        part = np.floor(xy[order, 1] / height)
+        yield from np.split(order, np.flatnonzero(np.diff(part)) + 1)
+
+    def _maps(self, slide: Slide, grid: WorkingGrid, xy: np.ndarray, *, progress_bar: bool) -> list[_Maps]:
+        """All maps of the part of the slide that `xy` depend on; elsewhere they hold no meaning."""
+        from ..image.stream import iter_blocks
+
+        cell, unit = 2**self._fine, 2**self._levels
+        block_px = unit * max(_BLOCK_PX // unit, 1)
+        reach = self._reach(grid)
+        top = int(np.clip((xy[:, 1].min() - reach) // unit * unit, 0, grid.shape[0] // unit * unit))
+        bottom = int(min(-(-(xy[:, 1].max() + reach) // unit) * unit, grid.shape[0]))
+        rows, columns = max(-(-(bottom - top) // cell), 1), -(-grid.shape[1] // cell)
+
+        n_maps = len(COLOUR_NAMES) + sum(len(level_names(level)) for level in range(self._fine))
+        fine = np.zeros((n_maps, rows, columns), np.float32)
+        state = np.zeros((Octaves.width(self._fine), rows, columns), np.float32)
+        blocks = iter_blocks(
+            slide,
+            mpp=self.mpp,
+            block_px=block_px,
+            halo_px=HALO_CELLS * cell,
+            boxes=grid.to_pixels(np.stack([xy - reach, xy + reach], axis=1)).reshape(-1, 4),
+            progress_bar=progress_bar,
+        )
+        for block in blocks:
+            first = (block.y - top) // cell
+            column = block.x // cell
+            for target, source in zip((fine, state), self._fine_maps(block), strict=True):
+                part = source[:, max(-first, 0) : rows - first]
+                y = max(first, 0)
+                target[:, y : y + part.shape[1], column : column + part.shape[2]] = part
+        return [_Maps(fine, cell, top), *self._coarse_maps(state, top)]
+
+    def _fine_maps(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Maps of the octaves within a cell, and the state of the pyramid at cells, for the core of a block."""
+        cell = 2**self._fine
+        core = [-(-(stop.stop - stop.start) // cell) for stop in block.core]
+        # The core is made up to whole cells at the cost of the halo behind it, of which one cell is spare for that.
+        height, width = ((cells + 2 * HALO_CELLS - 1) * cell for cells in core)
+        pixels = block.pixels[:height, :width]
+        inside = tuple(slice(HALO_CELLS, HALO_CELLS + cells) for cells in core)
+
+        dyes = np.empty((3, height, width), np.float32)
+        for dye, table in enumerate(self._tables):
+            np.take(table[0], pixels[..., 0], out=dyes[dye])
+            dyes[dye] += table[1][pixels[..., 1]]
+            dyes[dye] += table[2][pixels[..., 2]]
+        maps = [block_mean(dyes, cell), block_mean(dyes * dyes, cell), block_mean(dyes[:1] * dyes[1:2], cell)]
+        octaves = Octaves(dyes[:2])
+        for level in range(self._fine):
+            maps.extend(block_mean(values[None], cell >> level) for values in octaves.step())
+        return np.concatenate(maps)[:, *inside], octaves.state()[:, *inside]
+
+    def _coarse_maps(self, state: np.ndarray, top: int) -> Iterator[_Maps]:
+        """Maps of the octaves of a cell and above, for the whole part at once."""
+        unit = 2 ** (self._levels - self._fine)
+        pad = [(0, -size % unit) for size in state.shape[1:]]
+        octaves = Octaves.restore(self._fine, np.pad(state, [(0, 0), *pad], mode="edge"))
+        for level in range(self._fine, self._levels):
+            yield _Maps(np.stack(octaves.step()), 2**level, top)
+
+    def _features(self, maps: list[_Maps], xy: np.ndarray, grid: WorkingGrid) -> np.ndarray:
+        """Features of windows around `xy` on the working grid."""
+        out = []
+        for part in maps:
+            sides = [side / grid.mpp / part.side for side in self._windows.values()]
+            size = (grid.shape[1] / part.side, min((grid.shape[0] - part.top) / part.side, part.values.shape[1]))
+            out.append(window_means(part.values, (xy - (0, part.top)) / part.side, sides, size=size))
+        means = np.concatenate(out, axis=2)
+        for index, name in enumerate(self._map_names):
+            values = means[:, :, index]
+            if name.endswith("_square"):
+                centre = means[:, :, self._map_names.index(name.replace("_square", "_mean"))]
+                np.sqrt(np.maximum(values - centre * centre, 0), out=values)
+            elif "_power" in name:
+                np.sqrt(values, out=values)
+        return means.reshape(len(xy), -1)
