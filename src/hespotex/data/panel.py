@@ -15,6 +15,7 @@ from scipy import sparse
 
 from ..errors import CountsError, DataValueError, MissingKeyError
 from .counts import check_counts, check_names, library_size
+from .units import normalize_sparse
 
 __all__ = ["METHODS", "Method", "PanelSource", "choose_panel", "shared_genes"]
 
@@ -165,11 +166,8 @@ def _highly_variable(counts: Sequence[sparse.csc_array], n_top: int, span: float
 
 def _log_normalised(source: PanelSource, counts: sparse.csc_array) -> sparse.csc_array:
     """Log1p of counts per 10,000 of the full library, kept sparse."""
-    total = np.asarray(source.total, dtype=np.float64)
-    scale = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
-    values = sparse.csc_array(sparse.diags_array(scale) @ counts)
-    values.data = np.log1p(values.data)
-    return values
+    assert source.total is not None
+    return sparse.csc_array(normalize_sparse(counts, source.total, "log1p_cp10k")).astype(np.float64)
 
 
 def _means(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:

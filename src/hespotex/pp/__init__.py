@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from ._normalize_counts import normalize_counts
+from ._select_genes import select_genes
+
+__all__ = [
+    "normalize_counts",
+    "select_genes",
+]

@@ -1,0 +1,178 @@
+"""Choose the genes to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import Keys
+from .._logging import logger
+from ..data.bridge import as_list
+from ..data.counts import library_size
+from ..data.panel import Method, PanelSource, choose_panel
+from ..data.provenance import record
+from ..data.tables import AnnotatedTable, resolve_table
+from ..errors import CountsError, MissingKeyError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["select_genes"]
+
+
+def select_genes(
+    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    *,
+    method: Method = "hvg",
+    n_top: int = 1000,
+    min_spots_fraction: float | None = None,
+    min_spots: int | None = None,
+    span: float = 0.3,
+    layer: str | None = None,
+    table_key: str | None = None,
+    connectivity_key: str = Keys.CONNECTIVITIES,
+    key_added: str = Keys.TARGET,
+    copy: bool = False,
+) -> list[str] | None:
+    """Choose the genes to predict from the sections given, and from no other: pass training sections only.
+
+    Only genes counted in every section can be chosen. Each region of a table counts as a section.
+
+    Parameters
+    ----------
+    sdatas
+        One or many sections with raw counts.
+    method
+        ``"hvg"``
+            the union over sections of their `n_top` highly variable genes (scanpy's ``seurat_v3`` on raw
+            counts), as in HESpotEx; all shared genes where there are no more than `n_top`;
+        ``"high_mean"``
+            the `n_top` genes with the highest mean over sections of log1p CP10k;
+        ``"most_variable"``
+            the `n_top` genes with the highest mean variance within sections of log1p CP10k;
+        ``"svg"``
+            the `n_top` genes with the highest mean Moran's I of log1p CP10k, by squidpy on the graph of
+            :func:`hespotex.pp.spatial_graph`.
+    n_top
+        Number of genes; per section for ``"hvg"``.
+    min_spots_fraction
+        Genes detected in a smaller share of all spots given are left out. By default 0.10 for ``"most_variable"``; 0.024
+        for ``"hvg"`` with `n_top` below 1,100 (the share that HESpotEx's 1,000 spots are of its own data, applied
+        after the union as there); none otherwise.
+    min_spots
+        The same as a number of spots (``1000`` as published); not together with `min_spots_fraction`.
+    span
+        Span of the loess fit of ``"hvg"``.
+    layer
+        Layer with the raw counts; ``X`` by default.
+    table_key
+        Table, where there are several.
+    connectivity_key
+        ``obsp`` key of the graph, for ``"svg"``.
+    key_added
+        Column of ``var`` to write.
+    copy
+        Return the genes and write nothing.
+
+    Returns
+    -------
+    ``None``, or the genes sorted by name with ``copy=True``. Written otherwise:
+
+    ``var[key_added]`` : bool
+        whether a gene is to be predicted, in the table of every section;
+    ``uns["hespotex"][key_added]``
+        arguments and the names of the sections.
+
+    Raises
+    ------
+    CountsError
+        If the matrix does not hold raw counts, or a gene name occurs twice.
+    DataValueError
+        If the panel is empty.
+    MissingKeyError
+        If `layer` or, for ``"svg"``, the graph is missing.
+
+    See Also
+    --------
+    hespotex.tl.train, hespotex.tl.cross_validate
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> hx.pp.select_genes(sdata, method="high_mean", n_top=5)
+    >>> int(sdata["table"].var["hespotex_target"].sum())
+    5
+    """
+    tables = [resolve_table(data, table_key=table_key) for data in as_list(sdatas)]
+    graph_key = connectivity_key if method == "svg" else None
+    sources = [
+        source
+        for number, table in enumerate(tables)
+        for source in panel_sources(table, layer=layer, graph_key=graph_key, name=str(number))
+    ]
+    genes = choose_panel(
+        sources, method=method, n_top=n_top, min_spots_fraction=min_spots_fraction, min_spots=min_spots, span=span
+    )
+    if copy:
+        return list(genes)
+    given: dict[str, Any] = {
+        "method": method,
+        "n_top": n_top,
+        "min_spots_fraction": min_spots_fraction,
+        "min_spots": min_spots,
+        "span": span,
+        "layer": layer,
+    }
+    for table in tables:
+        table.adata.var[key_added] = table.adata.var_names.isin(genes)
+        record(
+            table.adata,
+            key_added,
+            created_by="hespotex.pp.select_genes",
+            params={name: value for name, value in given.items() if value is not None},
+            n_sections=len(sources),
+        )
+    logger.info("chose %d genes (%s) from %d sections: var[%r]", len(genes), method, len(sources), key_added)
+    return None
+
+
+def counts_of(adata: AnnData, layer: str | None, name: str) -> Any:
+    """The count matrix meant by `layer`, unchecked."""
+    if layer is not None and layer not in adata.layers:
+        raise MissingKeyError(
+            f"layer={layer!r} is not in layers, which hold {[key for key in adata.layers if key is not None]}"
+        )
+    counts = adata.X if layer is None else adata.layers[layer]
+    if counts is None:
+        raise CountsError(f"section {name!r} has no counts: X is empty")
+    return counts
+
+
+def panel_sources(
+    table: AnnotatedTable, *, layer: str | None = None, graph_key: str | None = None, name: str = ""
+) -> list[PanelSource]:
+    """One source of a panel for each region of `table`."""
+    adata = table.adata
+    counts = counts_of(adata, layer, name)
+    if graph_key is not None and graph_key not in adata.obsp:
+        raise MissingKeyError(f"obsp[{graph_key!r}] is missing; make it with hx.pp.spatial_graph(sdata)")
+    graph = None if graph_key is None else adata.obsp[graph_key]
+    sources = []
+    for code in np.unique(table.region):
+        rows = np.flatnonzero(table.region == code)
+        whole = len(rows) == adata.n_obs
+        own = counts if whole else counts[rows]
+        sources.append(
+            PanelSource(
+                own,
+                tuple(adata.var_names.astype(str)),
+                total=library_size(own),
+                graph=graph if graph is None or whole else graph[rows][:, rows],
+                name=f"{name}:{code}" if not whole else name,
+            )
+        )
+    return sources
