@@ -35,10 +35,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Level",
     "Slide",
+    "check_on_image",
+    "find_image_key",
     "image_transformations",
+    "level0_shape",
+    "pixel_maps",
     "resolve_slide",
     "shape_centres",
     "shape_geometries",
+    "shape_positions",
     "shape_radius",
 ]
 
@@ -146,7 +151,7 @@ def resolve_slide(
     HespotexWarning
         If a pixel is so large that the image is probably a preview.
     """
-    key = _image_key(sdata, image_key)
+    key = find_image_key(sdata, image_key)
     levels = _levels(key, sdata.images[key])
     to_microns = _to_microns(sdata, key, coordinate_system or Keys.MICRONS, required=coordinate_system is not None)
     if mpp is not None:
@@ -214,12 +219,14 @@ def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> float:
     return float(np.median(radius) * np.sqrt(abs(np.linalg.det(linear))) * slide.mpp)
 
 
-def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
-    """All transformations of an image: what an element in its level-0 pixels must carry, too."""
-    return _transformations(sdata.images[image_key])
+def find_image_key(sdata: SpatialData, image_key: str | None = None) -> str:
+    """The image that is meant: the one named, or the only one.
 
-
-def _image_key(sdata: SpatialData, image_key: str | None) -> str:
+    Raises
+    ------
+    MissingKeyError, AmbiguousKeyError
+        If there is none, or several and none named.
+    """
     if not hasattr(sdata, "images"):
         raise DataTypeError(f"a SpatialData with an image is needed, got {type(sdata).__name__}")
     there = list(sdata.images)
@@ -234,6 +241,43 @@ def _image_key(sdata: SpatialData, image_key: str | None) -> str:
         advice = f"; the full-resolution one is image_key={full[0]!r}" if len(full) == 1 else ""
         raise AmbiguousKeyError(f"there are several images, name one with image_key=: {there}{advice}")
     return there[0]
+
+
+def level0_shape(sdata: SpatialData, image_key: str) -> tuple[int, int]:
+    """Height and width of an image in pixels, after checking that it is 8-bit RGB."""
+    height, width = _levels(image_key, sdata.images[image_key])[0].array.shape[1:]
+    return int(height), int(width)
+
+
+def shape_positions(sdata: SpatialData, shapes_key: str) -> tuple[np.ndarray, str]:
+    """Centres (n, 2) of the shapes without any image, and the coordinate system they are given in.
+
+    That is ``"microns"`` where the shapes are in it, else ``"global"`` or the first of their systems.
+    """
+    shapes = _shapes(sdata, shapes_key)
+    systems = _transformations(shapes)
+    system = min(systems, key=_preference)
+    centroids = shapes.geometry.centroid
+    return _apply(_matrix(systems[system]), np.column_stack([centroids.x, centroids.y])), system
+
+
+def pixel_maps(sdata: SpatialData, image_key: str) -> dict[tuple[str, str], np.ndarray]:
+    """Affine maps to an image's level-0 pixels of all elements that share a coordinate system with it, by kind and name."""
+    maps = {("images", image_key): np.eye(3)}
+    image = _transformations(sdata.images[image_key])
+    for kind in ("images", "labels", "shapes", "points"):
+        for name, element in getattr(sdata, kind).items():
+            own = _transformations(element)
+            if (kind, name) in maps or not (shared := set(own) & set(image)):
+                continue
+            system = min(shared, key=_preference)
+            maps[kind, name] = np.linalg.solve(_matrix(image[system]), _matrix(own[system]))
+    return maps
+
+
+def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
+    """All transformations of an image: what an element in its level-0 pixels must carry, too."""
+    return _transformations(sdata.images[image_key])
 
 
 def _levels(key: str, image: Any) -> tuple[Level, ...]:
@@ -284,6 +328,11 @@ def _transformations(element: Any) -> dict[str, BaseTransformation]:
 
 def _matrix(transformation: BaseTransformation) -> np.ndarray:
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=np.float64)
+
+
+def _preference(system: str) -> tuple[bool, bool, str]:
+    """Order in which coordinate systems are tried; any that two elements share would do."""
+    return system != Keys.MICRONS, system != "global", system
 
 
 def _apply(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
@@ -362,7 +411,7 @@ def _to_pixels(sdata: SpatialData, shapes_key: str, image_key: str) -> np.ndarra
     """Affine map of stored shape coordinates to level-0 pixels: inverse(image → system) ∘ (shapes → system)."""
     image = _transformations(sdata.images[image_key])
     shapes = _transformations(sdata.shapes[shapes_key])
-    shared = sorted(set(image) & set(shapes), key=lambda name: (name != Keys.MICRONS, name != "global", name))
+    shared = sorted(set(image) & set(shapes), key=_preference)
     if not shared:
         raise GeometryError(
             f"shapes {shapes_key!r} (in {sorted(shapes)}) and image {image_key!r} (in {sorted(image)}) share no "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Encoder, TileEncoder
+from ._base import Encoder, EncoderInfo, TileEncoder
 from ._registry import available, create, register
 
-__all__ = ["Encoder", "TileEncoder", "available", "create", "register"]
+__all__ = ["Encoder", "EncoderInfo", "TileEncoder", "available", "create", "register"]

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..errors import DataValueError
+
 if TYPE_CHECKING:
     from ..data.geometry import Slide
 
-__all__ = ["Encoder", "TileEncoder"]
+__all__ = ["Encoder", "EncoderInfo", "TileEncoder"]
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What an encoder is and may be used for; shown by :func:`hespotex.encoders.available`."""
+
+    name: str
+    summary: str = ""
+    n_features: int | None = None  # None: depends on the options
+    mpp: float | None = None
+    tile_um: float | None = None
+    licence: str = ""
+    gated: bool = False
+    extra: str = ""  # what to install: hespotex[<extra>]
+    is_family: bool = False  # asked for as "<name>:<architecture>"
 
 
 class Encoder(ABC):
@@ -29,6 +47,7 @@ class Encoder(ABC):
         Width of the embedding.
     """
 
+    info: ClassVar[EncoderInfo]
     name: ClassVar[str] | str
     mpp: float
     tile_um: float
@@ -59,6 +78,24 @@ class TileEncoder(Encoder):
     """
 
     tile_px: int
+
+    def set_size(self, tile_um: float | None, mpp: float | None, *, default_um: float) -> None:
+        """Set the size of a tile from its side in µm or the resolution it is looked at; :attr:`tile_px` is given.
+
+        Raises
+        ------
+        DataValueError
+            If both are given and contradict each other, or are not positive.
+        """
+        if mpp is not None and tile_um is not None and abs(tile_um / (mpp * self.tile_px) - 1) > 1e-6:
+            raise DataValueError(
+                f"tile_um={tile_um!r} and mpp={mpp!r} contradict each other: {self.name!r} sees {self.tile_px} px, so "
+                f"mpp is tile_um / {self.tile_px}; give one of them"
+            )
+        self.tile_um = float(tile_um if tile_um is not None else mpp * self.tile_px if mpp is not None else default_um)
+        if not self.tile_um > 0:
+            raise DataValueError(f"tile_um={tile_um!r}, mpp={mpp!r}: sizes must be positive")
+        self.mpp = self.tile_um / self.tile_px
 
     @abstractmethod
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:

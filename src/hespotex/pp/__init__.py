@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from ._detect_tissue import detect_tissue
+from ._embed import embed
+from ._make_tiles import make_tiles
 from ._normalize_counts import normalize_counts
 from ._select_genes import select_genes
+from ._set_scale import set_scale
+from ._spatial_graph import spatial_graph
 
 __all__ = [
+    "detect_tissue",
+    "embed",
+    "make_tiles",
     "normalize_counts",
     "select_genes",
+    "set_scale",
+    "spatial_graph",
 ]

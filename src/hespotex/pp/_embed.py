@@ -1,0 +1,310 @@
+"""Image embeddings of spots and tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._keys import Keys, sanitize
+from .._logging import logger
+from .._settings import settings
+from ..data.geometry import Slide, check_on_image, resolve_slide, shape_centres
+from ..data.partial import PartialRows
+from ..data.provenance import digest, read_record, record
+from ..data.tables import AnnotatedTable, mark_table, resolve_shapes_key, resolve_table, row_positions, table_role
+from ..encoders import Encoder, create
+from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
+from ..image.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["embed"]
+
+
+def embed(
+    sdata: SpatialData,
+    encoder: str | Encoder = "morphology",
+    *,
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | None = None,
+    table_key: str | None = None,
+    mpp: float | None = None,
+    tile_um: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    key_added: str | None = None,
+    copy: bool = False,
+    progress_bar: bool | None = None,
+    **encoder_options: Any,
+) -> np.ndarray | None:
+    """Turn the image around each spot or tile into a row of features.
+
+    The slide is streamed: each chunk of it is read about once, and memory does not grow with its size. Features that
+    are there already, of the same encoder on the same image and places, are not computed again.
+
+    Parameters
+    ----------
+    sdata
+        Object with an H&E image of known scale, and spots or tiles.
+    encoder
+        Name in the registry (:func:`hespotex.encoders.available`) or an encoder.
+    image_key
+        Name in ``sdata.images``; may be left out where there is only one. Where a table annotates several regions,
+        each with its own image: ``{shapes: image}``.
+    shapes_key
+        The shapes to embed; by default those that the one table annotates, else ``"tiles"``.
+    table_key
+        Their table; may be left out where there is only one. Shapes without a table get one.
+    mpp
+        Resolution the encoder works at, in µm per pixel, in place of its own. The image's scale is another matter:
+        :func:`hespotex.pp.set_scale`.
+    tile_um
+        Side of a tile in µm, in place of the encoder's own.
+    batch_size
+        Tiles per forward pass; the setting by default.
+    device
+        The setting by default.
+    key_added
+        Key in ``obsm``; ``"X_<encoder>"`` by default.
+    copy
+        Return the features in place of writing them.
+    progress_bar
+        The setting by default.
+    encoder_options
+        Further options of the encoder, such as ``weights=``.
+
+    Returns
+    -------
+    The features (n, d) if `copy`, else ``None`` and these are written to the table:
+
+    ``obsm["X_<encoder>"]``
+        Features, float32 (n, d).
+    ``obs["<encoder>_padded"]``
+        Whether a tile reaches beyond the image, where it is filled with white.
+    ``uns["hespotex"]["X_<encoder>"]``
+        Encoder, parameters, resolution, versions.
+
+    Raises
+    ------
+    GeometryError
+        If shapes lie outside the image or are not connected with it, or table and shapes do not match.
+    ScaleError
+        If the image's scale is unknown, or it would have to be enlarged more than twofold.
+    MissingWeightsError
+        If the encoder's weights are missing.
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> hx.pp.embed(sdata)  # doctest: +SKIP
+    >>> hx.pp.embed(sdata, "timm:resnet50", weights="resnet50.safetensors", tile_um=112)  # doctest: +SKIP
+    """
+    encoder = _resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
+    table = _resolve_table(sdata, shapes_key, table_key)
+    key = key_added or Keys.embedding(encoder.name)
+    places = _places(sdata, table, image_key)
+    identity = _identity(encoder, places)
+
+    features = _stored(table.adata, key, identity)
+    if features is not None:
+        logger.info("embed: obsm[%r] is there already, made with the same parameters", key)
+        return np.array(features) if copy else None
+    partial = PartialRows(identity, (table.adata.n_obs, encoder.n_features))
+    features = _compute(encoder, places, partial, batch_size, device, progress_bar=progress_bar)
+    if copy:
+        return features
+    padded = _padded(encoder, places, table.adata.n_obs)
+    _write(sdata, table, key, features, padded, encoder, places, identity)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Rows of a table, where they lie, and on which slide."""
+
+    shapes_key: str
+    slide: Slide
+    rows: np.ndarray
+    centres: np.ndarray
+
+
+def _resolve_encoder(encoder: str | Encoder, **options: Any) -> Encoder:
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(encoder, str):
+        return create(encoder, **options)
+    if not isinstance(encoder, Encoder):
+        raise DataTypeError(f"encoder must be a name or an Encoder, got {type(encoder).__name__}")
+    if options:
+        raise DataValueError(f"{sorted(options)} are options for making an encoder; {encoder.name!r} is made already")
+    return encoder
+
+
+def _resolve_table(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> AnnotatedTable:
+    """The table to write to; for shapes that have none, a new one that is not in the object yet."""
+    if not hasattr(sdata, "tables"):
+        raise DataTypeError(f"an image is needed to embed: sdata must be a SpatialData, got {type(sdata).__name__}")
+    if table_key is not None:
+        return resolve_table(sdata, table_key=table_key, shapes_key=shapes_key)
+    if shapes_key is None:
+        try:
+            return resolve_table(sdata)
+        except AmbiguousKeyError:
+            raise
+        except MissingKeyError:
+            shapes_key = resolve_shapes_key(sdata)
+    elif shapes_key not in sdata.shapes:
+        resolve_shapes_key(sdata, shapes_key)
+    try:
+        table = resolve_table(sdata, shapes_key=shapes_key)
+    except AmbiguousKeyError:
+        raise
+    except MissingKeyError:
+        return _new_table(sdata, shapes_key)
+    # A prediction for tiles is a result, not the place where its own input is kept.
+    return _new_table(sdata, shapes_key) if table_role(table.key or "", table.adata) == "prediction" else table
+
+
+def _new_table(sdata: SpatialData, shapes_key: str) -> AnnotatedTable:
+    import pandas as pd
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    ids = sdata.shapes[shapes_key].index
+    if len(ids) == 0:
+        raise DataValueError(f"shapes {shapes_key!r} are empty")
+    instance_key = Keys.TILE_ID if shapes_key == Keys.TILES else Keys.INSTANCE
+    obs = pd.DataFrame(
+        {Keys.REGION: pd.Categorical([shapes_key] * len(ids)), instance_key: ids.to_numpy()}, index=ids.astype(str)
+    )
+    adata = TableModel.parse(
+        AnnData(np.zeros((len(ids), 0), dtype=np.float32), obs=obs),
+        region=shapes_key,
+        region_key=Keys.REGION,
+        instance_key=instance_key,
+    )
+    mark_table(adata, "embedding")
+    return AnnotatedTable(
+        adata=adata,
+        key=None,
+        regions=(shapes_key,),
+        region=np.zeros(len(ids), dtype=np.int64),
+        instances=ids.to_numpy(),
+    )
+
+
+def _places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None) -> list[_Place]:
+    if isinstance(image_key, Mapping) and (absent := [name for name in table.regions if name not in image_key]):
+        raise MissingKeyError(f"image_key= names no image for {absent}, which the table annotates, too")
+    places = []
+    for name in table.regions:
+        own = image_key[name] if isinstance(image_key, Mapping) else image_key
+        slide = resolve_slide(sdata, image_key=own)
+        rows, positions = row_positions(sdata, table, name)
+        centres = shape_centres(sdata, name, slide)[positions]
+        check_on_image(slide, centres, f"shapes of {name!r}")
+        places.append(_Place(name, slide, rows, centres))
+    return places
+
+
+def _identity(encoder: Encoder, places: list[_Place]) -> str:
+    """Equal if and only if the same features would come out."""
+    return digest(
+        encoder.params(),
+        *(
+            value
+            for place in places
+            for value in (fingerprint(place.slide, place.centres), place.slide.mpp, place.rows)
+        ),
+        *(place.centres for place in places),
+    )
+
+
+def _stored(adata: AnnData, key: str, identity: str) -> np.ndarray | None:
+    features = adata.obsm.get(key)
+    if features is None or read_record(adata, key).get("identity") != identity:
+        return None
+    return np.asarray(features)
+
+
+def _compute(
+    encoder: Encoder,
+    places: list[_Place],
+    partial: PartialRows,
+    batch_size: int | None,
+    device: str | None,
+    *,
+    progress_bar: bool | None,
+) -> np.ndarray:
+    """Features of all rows; what is finished is kept if the work is interrupted."""
+    with partial:
+        for place in places:
+            todo = np.flatnonzero(~partial.done[place.rows])
+            if len(todo) == 0:
+                continue
+            batches = encoder.embed(
+                place.slide,
+                place.centres[todo],
+                batch_size=batch_size or settings.batch_size,
+                device=device or settings.device,
+                progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
+            )
+            for rows, values in batches:
+                partial.write(place.rows[todo[rows]], values)
+        if not partial.done.all():
+            raise DataValueError(f"encoder {encoder.name!r} left out {int((~partial.done).sum())} tiles")
+        features = partial.values()
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        raise DataValueError(f"encoder {encoder.name!r} gave NaN or infinite features for {bad} tiles")
+    partial.discard()
+    return features
+
+
+def _padded(encoder: Encoder, places: list[_Place], n_obs: int) -> np.ndarray:
+    padded = np.zeros(n_obs, dtype=bool)
+    for place in places:
+        half = encoder.tile_um / 2 / place.slide.mpp
+        height, width = place.slide.shape
+        beyond = (place.centres - half < -1e-6) | (place.centres + half > np.array([width, height]) + 1e-6)
+        padded[place.rows] = beyond.any(axis=1)
+    return padded
+
+
+def _write(
+    sdata: SpatialData,
+    table: AnnotatedTable,
+    key: str,
+    features: np.ndarray,
+    padded: np.ndarray,
+    encoder: Encoder,
+    places: list[_Place],
+    identity: str,
+) -> None:
+    adata = table.adata
+    adata.obsm[key] = features
+    # The flag follows the key, so that two embeddings by one encoder keep theirs.
+    adata.obs[Keys.padded(key.removeprefix("X_"))] = padded
+    record(
+        adata,
+        key,
+        created_by="hespotex.pp.embed",
+        encoder=encoder.params(),
+        mpp=encoder.mpp,
+        tile_um=encoder.tile_um,
+        images={sanitize(place.shapes_key): place.slide.key for place in places},
+        image_mpp=[place.slide.mpp for place in places],
+        identity=identity,
+    )
+    where = table.key
+    if where is None:
+        where = Keys.embedding_table(encoder.name, table.regions[0])
+        sdata[where] = adata
+    logger.info(
+        "embed: %d × %d features; wrote obsm[%r] of table %r%s",
+        *(*features.shape, key, where, f", {int(padded.sum())} tiles padded" if padded.any() else ""),
+    )

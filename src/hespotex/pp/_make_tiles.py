@@ -1,0 +1,164 @@
+"""A lattice of tiles on tissue, for slides without measured spots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from .._keys import Keys
+from .._logging import logger
+from ..data.geometry import Slide, image_transformations, resolve_slide, shape_geometries
+from ..data.tissue import polygons_of_mask
+from ..errors import DataValueError, GeometryError, MissingKeyError
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from shapely.geometry.base import BaseGeometry
+    from spatialdata import SpatialData
+
+__all__ = ["make_tiles"]
+
+
+def make_tiles(
+    sdata: SpatialData,
+    *,
+    diameter_um: float = 100.0,
+    pitch_um: float = 200.0,
+    lattice: Literal["square", "hex"] = "square",
+    image_key: str | None = None,
+    shapes_key: str | None = None,
+    key_added: str = Keys.TILES,
+    copy: bool = False,
+) -> GeoDataFrame | None:
+    """Lay a lattice of round tiles on the tissue, like the spots of an array.
+
+    A tile is made where its centre lies in tissue. The lattice starts at the corner of the image, so that it is the
+    same whatever tissue was found.
+
+    Parameters
+    ----------
+    sdata
+        Object with an H&E image of known scale and its tissue.
+    diameter_um
+        Diameter of a tile in µm; 100 as in classic Spatial Transcriptomics.
+    pitch_um
+        Distance of neighbouring tiles in µm.
+    lattice
+        ``"square"`` or ``"hex"``.
+    image_key
+        Name in ``sdata.images``; may be left out where there is only one.
+    shapes_key
+        Tissue outlines; by default ``"tissue"``, LazySlide's ``"tissues"`` or squidpy's mask ``"<image>_tissue"``,
+        whichever is there.
+    key_added
+        Name of the tiles.
+    copy
+        Return the tiles in place of writing them.
+
+    Returns
+    -------
+    The tiles if `copy`, else ``None`` and they are written:
+
+    ``shapes["tiles"]``
+        Circles in level-0 pixels; the column ``tile_id`` equals the index. They carry the image's transformations.
+
+    Raises
+    ------
+    MissingKeyError
+        If no tissue was detected.
+    GeometryError
+        If no tile falls on tissue, or a table annotates tiles that would change.
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> hx.pp.detect_tissue(slide); hx.pp.make_tiles(slide, pitch_um=100, diameter_um=55, lattice="hex")  # doctest: +SKIP
+    """
+    if not diameter_um > 0 or not pitch_um > 0:
+        raise DataValueError(f"diameter_um={diameter_um!r} and pitch_um={pitch_um!r} must be positive")
+    if lattice not in ("square", "hex"):
+        raise DataValueError(f"lattice={lattice!r} is unknown; possible: 'square', 'hex'")
+    slide = resolve_slide(sdata, image_key=image_key)
+    tissue = _tissue(sdata, slide, shapes_key)
+    centres = _lattice(slide, pitch_um / slide.mpp, lattice)
+    centres = centres[_inside(tissue, centres)]
+    if len(centres) == 0:
+        raise GeometryError(
+            f"no tile of a lattice of {pitch_um:g} µm has its centre on the tissue ({tissue.area * slide.mpp**2:.0f} µm²); "
+            f"lower pitch_um or check the tissue"
+        )
+    tiles = _shapes(sdata, slide, centres, diameter_um / 2 / slide.mpp)
+    if copy:
+        return tiles
+    _check_not_annotated(sdata, key_added, tiles)
+    sdata[key_added] = tiles
+    logger.info("make_tiles: %d tiles on tissue; wrote shapes[%r]", len(tiles), key_added)
+    return None
+
+
+def _tissue(sdata: SpatialData, slide: Slide, shapes_key: str | None) -> BaseGeometry:
+    """Union of the tissue outlines in level-0 pixels."""
+    from shapely import make_valid, union_all
+
+    known = [shapes_key] if shapes_key else [Keys.TISSUE, Keys.TISSUE_LAZYSLIDE]
+    for name in known:
+        if name in sdata.shapes:
+            return union_all(make_valid(shape_geometries(sdata, name, slide).to_numpy()))
+    mask = f"{slide.key}{Keys.TISSUE_MASK_SUFFIX}"
+    if shapes_key is None and mask in sdata.labels:
+        return union_all(polygons_of_mask(sdata, mask, slide))
+    if shapes_key is not None:
+        raise MissingKeyError(f"shapes_key={shapes_key!r} is not among the shapes {list(sdata.shapes)}")
+    raise MissingKeyError(
+        f"there is no tissue to lay tiles on (shapes {list(sdata.shapes)}); find it with hx.pp.detect_tissue(sdata)"
+    )
+
+
+def _lattice(slide: Slide, pitch_px: float, kind: str) -> np.ndarray:
+    """All positions of the lattice on the image, (n, 2), row by row."""
+    height, width = slide.shape
+    step = pitch_px * (np.sqrt(3) / 2 if kind == "hex" else 1.0)
+    rows = np.arange(step / 2, height, step)
+    columns = np.arange(pitch_px / 2, width, pitch_px)
+    x, y = np.meshgrid(columns, rows)
+    if kind == "hex":
+        x[1::2] += pitch_px / 2
+    xy = np.column_stack([x.ravel(), y.ravel()])
+    return xy[slide.contains(xy)]
+
+
+def _inside(tissue: BaseGeometry, centres: np.ndarray) -> np.ndarray:
+    from shapely import contains_xy, prepare
+
+    prepare(tissue)
+    return contains_xy(tissue, centres[:, 0], centres[:, 1])
+
+
+def _shapes(sdata: SpatialData, slide: Slide, centres: np.ndarray, radius_px: float) -> GeoDataFrame:
+    from spatialdata.models import ShapesModel
+
+    tiles = ShapesModel.parse(
+        centres,
+        geometry=0,
+        radius=np.full(len(centres), radius_px),
+        index=np.arange(len(centres)),
+        transformations=image_transformations(sdata, slide.key),
+    )
+    tiles[Keys.TILE_ID] = np.arange(len(centres))
+    return tiles
+
+
+def _check_not_annotated(sdata: SpatialData, key: str, tiles: GeoDataFrame) -> None:
+    """Raise if `tiles` would be put under a table that annotates other ones."""
+    from spatialdata.models import get_table_keys
+
+    old = sdata.shapes.get(key)
+    if old is None or (old.index.equals(tiles.index) and old.geometry.geom_equals_exact(tiles.geometry, 1e-6).all()):
+        return
+    for name, table in sdata.tables.items():
+        if "spatialdata_attrs" in table.uns and key in np.atleast_1d(get_table_keys(table)[0]):
+            raise GeometryError(
+                f"table {name!r} annotates the shapes {key!r} that are there and would fit the new ones no more; delete it "
+                f"(del sdata[{name!r}]) or name the new tiles otherwise with key_added="
+            )
