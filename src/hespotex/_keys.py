@@ -14,7 +14,7 @@ class Keys:
     """Default keys of the storage contract."""
 
     NAMESPACE: Final = "hespotex"  # uns["hespotex"], sdata.attrs["hespotex"]
-    TABLE_ROLE: Final = "table_role"  # uns["hespotex"]["table_role"] of a table of our making
+    TABLE_ROLE: Final = "table"  # uns["hespotex"]["table"] of a table of our making: what it is for
 
     # coordinate systems
     MICRONS: Final = "microns"

@@ -73,19 +73,6 @@ def read_record(adata: AnnData, key: str) -> dict[str, Any]:
     return from_uns(entry) if isinstance(entry, Mapping) else {}
 
 
-def from_uns(value: Any) -> Any:
-    """Plain Python values of an entry, whether it was just written or read back from disk (lists as arrays)."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): from_uns(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [from_uns(entry) for entry in value]
-    return value
-
-
 def digest(*values: Any) -> str:
     """SHA-256 of plain values and arrays; equal for equal values, whatever session or machine."""
     state = hashlib.sha256()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnnotatedTable",
+    "is_derived",
     "mark_table",
     "resolve_shapes_key",
     "resolve_table",
@@ -269,6 +270,11 @@ def table_role(key: str, adata: AnnData) -> str:
     """``"measured"``, or what hespotex made the table for: ``"embedding"``, ``"nuclei"`` or ``"prediction"``."""
     role = adata.uns.get(Keys.NAMESPACE, {}).get(Keys.TABLE_ROLE)
     return str(role) if role in _RANKS else "nuclei" if key == Keys.NUCLEI_TABLE else "measured"
+
+
+def is_derived(adata: AnnData) -> bool:
+    """Whether hespotex made this table itself."""
+    return Keys.TABLE_ROLE in adata.uns.get(Keys.NAMESPACE, {})
 
 
 def mark_table(adata: AnnData, role: Literal["embedding", "nuclei", "prediction"]) -> None:

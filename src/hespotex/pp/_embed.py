@@ -11,12 +11,12 @@ import numpy as np
 from .._keys import Keys, sanitize
 from .._logging import logger
 from .._settings import settings
-from ..data.geometry import Slide, check_on_image, resolve_slide, shape_centres
+from ..data.geometry import Slide, check_on_image, resolve_slide, shape_centres, shape_radius
 from ..data.partial import PartialRows
 from ..data.provenance import digest, read_record, record
 from ..data.tables import AnnotatedTable, mark_table, resolve_shapes_key, resolve_table, row_positions, table_role
 from ..encoders import Encoder, create
-from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
+from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
 from ..image.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -133,8 +133,9 @@ class _Place:
     centres: np.ndarray
 
 
-def _resolve_encoder(encoder: str | Encoder, **options: Any) -> Encoder:
-    options = {name: value for name, value in options.items() if value is not None}
+def _resolve_encoder(encoder: str | Encoder, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
+    sizes = {"mpp": mpp, "tile_um": tile_um}
+    options |= {name: value for name, value in sizes.items() if value is not None}
     if isinstance(encoder, str):
         return create(encoder, **options)
     if not isinstance(encoder, Encoder):
@@ -275,6 +276,14 @@ def _padded(encoder: Encoder, places: list[_Place], n_obs: int) -> np.ndarray:
     return padded
 
 
+def _spot_radius(sdata: SpatialData, places: list[_Place]) -> float | None:
+    """Median over the regions, for laying tiles of the same size on other slides; points have none."""
+    try:
+        return float(np.median([shape_radius(sdata, place.shapes_key, place.slide) for place in places]))
+    except GeometryError:
+        return None
+
+
 def _write(
     sdata: SpatialData,
     table: AnnotatedTable,
@@ -298,6 +307,7 @@ def _write(
         tile_um=encoder.tile_um,
         images={sanitize(place.shapes_key): place.slide.key for place in places},
         image_mpp=[place.slide.mpp for place in places],
+        spot_radius_um=_spot_radius(sdata, places),
         identity=identity,
     )
     where = table.key
