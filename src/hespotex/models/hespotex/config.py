@@ -46,10 +46,13 @@ class HESpotExConfig:
     gene_selection
         Keyword arguments of :func:`hespotex.pp.select_genes` that it chooses the genes with.
     standardize
-        Image features as they come (``"none"``), scaled by mean and spread over all training observations
-        (``"global"``), or over the section they belong to (``"section"``, against stain shift).
+        Image features as they come (``"none"``); or in units of their spread in training, after subtraction of
+        their mean over all training observations (``"global"``) or over their own section (``"section"``, against
+        stain shift).
     context
-        Rounds of neighbour averaging whose results are appended to the image features; 0 for none.
+        Rounds of averaging over the ring of spots around, whose results are appended to the image features.
+    input_rank
+        Principal components of these features that are kept; ``None``: the features themselves.
     nuclei
         ``"multiply"``: the prediction is multiplied by a factor in [1, 2] from the number of nuclei, against a
         reference count of the training sections; ``"multiply_legacy"``: by the published factor, from the label
@@ -81,10 +84,12 @@ class HESpotExConfig:
         Hidden size of the LSTM; ``None`` is the number of outputs, as published, whose cost grows with its square.
     scale_genes
         Learn every gene in units of its spread over the training observations.
-    target_rank
-        Learn this many principal components of the training targets in place of the genes; ``None``: the genes.
+    target_ranks
+        Learn principal components of the training targets in place of the genes: as many as the best of these
+        candidates, by a ridge regression on left-out training groups; empty: the genes.
     skip
-        ``"ridge"``: the networks learn what a ridge regression on the same inputs leaves over.
+        ``"ridge"``: the networks learn what a ridge regression on the same inputs leaves over on groups it has not
+        seen.
     n_members
         Networks trained side by side, whose predictions are averaged.
     epochs, lr, weight_decay
@@ -106,7 +111,8 @@ class HESpotExConfig:
     unit: str = "log1p_cp10k"
     gene_selection: Mapping[str, Any] = field(default_factory=dict)
     standardize: Standardize = "section"
-    context: int = 1
+    context: int = 2
+    input_rank: int | None = 512
     nuclei: Nuclei = "none"
     graph: Graph = "lattice"
     legacy_self_subtraction: bool = False
@@ -126,8 +132,8 @@ class HESpotExConfig:
     n_layers: int = 4
     layer_order: LayerOrder = "parallel"
     jk_hidden: int | None = 64
-    scale_genes: bool = True
-    target_rank: int | None = 64
+    scale_genes: bool = False
+    target_ranks: tuple[int, ...] = (5, 10, 20)
     skip: Skip = "ridge"
     n_members: int = 3
     epochs: int = 30
@@ -141,6 +147,9 @@ class HESpotExConfig:
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
+        object.__setattr__(self, "target_ranks", tuple(map(int, self.target_ranks)))
+        if any(rank < 1 for rank in self.target_ranks):
+            raise DataValueError(f"target_ranks={self.target_ranks} must be at least 1 each")
         for name, kind in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(kind):
                 raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
@@ -151,9 +160,9 @@ class HESpotExConfig:
                 raise DataValueError(f"{each.name}={value!r} must be at least {least}")
         if not 0 <= self.dropout < 1:
             raise DataValueError(f"dropout={self.dropout!r} must be in [0, 1)")
-        if self.nuclei.startswith("multiply") and (self.target_rank is not None or self.scale_genes or self.skip != "none"):
+        if self.nuclei.startswith("multiply") and (self.target_ranks or self.scale_genes or self.skip != "none"):
             raise DataValueError(
-                f"nuclei={self.nuclei!r} multiplies expression itself: it goes with target_rank=None, scale_genes=False "
+                f"nuclei={self.nuclei!r} multiplies expression itself: it goes with target_ranks=(), scale_genes=False "
                 "and skip='none'"
             )
 
@@ -172,6 +181,7 @@ class HESpotExConfig:
 
 _LEAST: dict[str, float] = {
     "context": 0,
+    "input_rank": 1,
     "align_weight": 0,
     "gate_hidden": 1,
     "gate_epochs": 1,
@@ -179,7 +189,6 @@ _LEAST: dict[str, float] = {
     "head_width": 1,
     "n_layers": 1,
     "jk_hidden": 1,
-    "target_rank": 1,
     "n_members": 1,
     "epochs": 1,
     "inner_folds": 2,
@@ -193,6 +202,7 @@ PAPER = HESpotExConfig(
     gene_selection={"method": "hvg", "n_top": 1000},
     standardize="none",
     context=0,
+    input_rank=None,
     nuclei="multiply_legacy",
     graph="legacy",
     legacy_self_subtraction=True,
@@ -206,7 +216,7 @@ PAPER = HESpotExConfig(
     dropout=0.0,
     jk_hidden=None,
     scale_genes=False,
-    target_rank=None,
+    target_ranks=(),
     skip="none",
     n_members=1,
     epochs=30,

@@ -24,7 +24,8 @@ from .expression import spot_embeddings
 from .image import NAME as IMAGE
 from .image import ImageItem, fit_image_stream, new_members
 from .inputs import ImageInputs, Inputs, gate_edges
-from .targets import RidgeSkip, TargetSpace
+from .linear import RidgeSkip
+from .targets import TargetSpace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,16 +89,22 @@ class HESpotEx(Model[HESpotExConfig]):
         if not self.config.mixed_precision and run.precision is None:
             run = replace(run, precision="32-true")
         self._inputs = Inputs.fit(self.config, sections)
-        self._space = TargetSpace.fit(sections, scale_genes=self.config.scale_genes, rank=self.config.target_rank)
+        ranks = sorted(self.config.target_ranks)
+        self._space = TargetSpace.fit(sections, scale_genes=self.config.scale_genes, rank=ranks[-1] if ranks else None)
         inputs = [self._inputs(section) for section in sections]
         targets = [self._space.read(section.require_targets()) for section in sections]
         self.history = []
-        spots = self._fit_expression_stream(sections, targets, run)
         self._skip = None
-        if self.config.skip == "ridge":
-            seen = [replace(section, features=each.features) for section, each in zip(sections, inputs, strict=True)]
-            self._skip, unseen = RidgeSkip.fit(seen, self._space)
-            targets = [target - known for target, known in zip(targets, unseen, strict=True)]
+        unseen = [np.float32(0.0)] * len(sections)
+        if self.config.skip == "ridge" or len(ranks) > 1:
+            features = [each.features for each in inputs]
+            folds = inner_folds(sections)[1]
+            skip, known, rank = RidgeSkip.fit(sections, features, targets, folds, self._space, ranks)
+            self._space, targets = self._space.truncated(rank), [target[:, :rank] for target in targets]
+            if self.config.skip == "ridge":
+                self._skip, unseen = skip, known
+        spots = self._fit_expression_stream(sections, targets, run)
+        targets = [target - known for target, known in zip(targets, unseen, strict=True)]
         items = [_item(*parts) for parts in zip(inputs, targets, spots, strict=True)]
         self._n_inputs = int(inputs[0].features.shape[1])
         epochs, curve = self.config.epochs, []
@@ -200,7 +207,10 @@ class HESpotEx(Model[HESpotExConfig]):
         folds = inner_folds(sections)[1]
         if not folds:
             return self.config.epochs, []
-        chosen = [folds[index] for index in np.linspace(0, len(folds) - 1, min(len(folds), self.config.inner_folds)).astype(int)]
+        chosen = [
+            folds[index]
+            for index in np.linspace(0, len(folds) - 1, min(len(folds), self.config.inner_folds)).astype(int)
+        ]
         curves = []
         for number, fold in enumerate(chosen):
             kept = fold.kept(sections)
@@ -243,10 +253,10 @@ class HESpotEx(Model[HESpotExConfig]):
                 for member, (embedding, steps) in zip(self._members, encoded, strict=True)
             ]
             values = torch.stack(outputs).mean(dim=0).float().cpu().numpy() if outputs else None
-        if self._skip is None:
-            return self._space.decode(values)
-        mean = self._skip(inputs.features[rows])
-        return mean if values is None else mean + self._space.decode_difference(values)
+        if self._skip is not None:
+            known = self._skip(inputs.features[rows])
+            values = known if values is None else known + values
+        return self._space.decode(values)
 
 
 def _item(inputs: ImageInputs, target: np.ndarray, spots: np.ndarray | None) -> ImageItem:

@@ -1,21 +1,19 @@
-"""What the networks learn: genes as they are, or principal components of scaled genes, less what ridge explains."""
+"""What the networks learn: genes as they are, or principal components of what varies within sections."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from ...data.section import Section, rows_of
-from .._inner import inner_folds, row_blocks
-from ..ridge import Ridge
+from .._inner import row_blocks
 
 if TYPE_CHECKING:
-    from ...data.section import Targets
+    from ...data.section import Section, Targets
 
-__all__ = ["RidgeSkip", "TargetSpace"]
+__all__ = ["TargetSpace"]
 
 _READ_ROWS = 4096
 
@@ -43,23 +41,23 @@ class TargetSpace:
         if not scale_genes and rank is None:
             return cls(np.zeros(n_genes, np.float32), np.ones(n_genes, np.float32), None)
         n, total = 0, np.zeros(n_genes)
-        second = np.zeros((n_genes, n_genes) if rank is not None else n_genes)
+        within = np.zeros((n_genes, n_genes) if rank is not None else n_genes)
         for section in sections:
-            targets = section.require_targets()
-            for rows in row_blocks(section.n_obs, _READ_ROWS):
-                block = targets[rows]
-                n += len(block)
-                total += block.sum(axis=0, dtype=np.float64)
-                second += block.T @ block if rank is not None else np.square(block, dtype=np.float64).sum(axis=0)
-        mean = total / n
-        covariance = second / n - (np.outer(mean, mean) if rank is not None else mean**2)
-        variance = np.maximum(np.diag(covariance) if rank is not None else covariance, 0.0)
+            own, second = _moments(section.require_targets(), squares_only=rank is None)
+            n, total = n + section.n_obs, total + own
+            # The level of a section is a matter of its staining and depth; components are to tell spots apart.
+            within += second - (np.outer(own, own) if rank is not None else own**2) / section.n_obs
+        variance = np.maximum(np.diag(within) if rank is not None else within, 0.0) / n
         varies = variance > 1e-8
         scale = np.where(varies, np.sqrt(variance), 1.0) if scale_genes else np.ones(n_genes)
         basis = None
         if rank is not None and rank < n_genes:
-            basis = _leading(covariance / np.outer(scale, scale), min(rank, n_genes)).astype(np.float32)
-        return cls(mean.astype(np.float32), scale.astype(np.float32), basis)
+            basis = _leading(within / np.outer(scale, scale), rank).astype(np.float32)
+        return cls((total / n).astype(np.float32), scale.astype(np.float32), basis)
+
+    def truncated(self, rank: int) -> Self:
+        """The space of the `rank` leading components."""
+        return self if self.basis is None else replace(self, basis=self.basis[:, :rank])
 
     @property
     def width(self) -> int:
@@ -68,20 +66,12 @@ class TargetSpace:
 
     def encode(self, expression: np.ndarray) -> np.ndarray:
         """(n, G) in the targets' unit → (n, width)."""
-        return self.encode_difference(expression - self.mean)
-
-    def encode_difference(self, difference: np.ndarray) -> np.ndarray:
-        """Differences of expression, (n, G) → (n, width)."""
-        scaled = difference / self.scale
+        scaled = (expression - self.mean) / self.scale
         return scaled if self.basis is None else scaled @ self.basis
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """(n, width) → (n, G) in the targets' unit."""
-        return self.decode_difference(values) + self.mean
-
-    def decode_difference(self, values: np.ndarray) -> np.ndarray:
-        """(n, width) → differences of expression, (n, G)."""
-        return (values if self.basis is None else values @ self.basis.T) * self.scale
+        return (values if self.basis is None else values @ self.basis.T) * self.scale + self.mean
 
     def read(self, targets: Targets) -> np.ndarray:
         """All targets of a section, encoded block by block, (n, width) float32."""
@@ -99,74 +89,19 @@ class TargetSpace:
         return cls(arrays["mean"], arrays["scale"], arrays.get("basis"))
 
 
-@dataclass(frozen=True, eq=False)
-class RidgeSkip:
-    """A ridge regression from the image stream's features to expression.
-
-    Attributes
-    ----------
-    weights, intercept
-        (d, G) and (G,) float32.
-    """
-
-    weights: np.ndarray
-    intercept: np.ndarray
-
-    @classmethod
-    def fit(cls, sections: Sequence[Section], space: TargetSpace) -> tuple[Self, list[np.ndarray]]:
-        """The regression on all `sections`, and what it predicts for each when that has been left out, encoded.
-
-        The networks must learn what ridge misses on tissue it has *not* seen, so every observation's value comes
-        from a regression without its fold. The penalty is chosen once, by :class:`~hespotex.models.ridge.Ridge`.
-        """
-        ridge = Ridge().fit(sections)
-        whole = cls._of(ridge)
-        unseen = [whole.encoded(section, space) for section in sections]
-        for fold in inner_folds(sections)[1]:
-            again = Ridge(penalties=(ridge.penalty,), components=(ridge.components,))
-            again.fit([_rows(sections[index], rows) for index, rows in fold.kept(sections).items()])
-            for index, rows in fold.held_out.items():
-                unseen[index][rows] = cls._of(again).encoded(_rows(sections[index], rows), space)
-        return whole, unseen
-
-    @classmethod
-    def _of(cls, ridge: Ridge) -> Self:
-        arrays, _ = ridge.state()
-        return cls(arrays["weights"], arrays["intercept"])
-
-    def encoded(self, section: Section, space: TargetSpace) -> np.ndarray:
-        """Predictions for `section` in `space`, (n, width), without forming them gene by gene."""
-        return rows_of(section.features) @ space.encode_difference(self.weights) + space.encode(self.intercept)
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """(n, d) → expression (n, G)."""
-        return features @ self.weights + self.intercept
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays."""
-        return {"weights": self.weights, "intercept": self.intercept}
-
-    @classmethod
-    def from_state(cls, arrays: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`state`."""
-        return cls(arrays["weights"], arrays["intercept"])
-
-
-def _rows(section: Section, rows: np.ndarray) -> Section:
-    """Some observations of a section, without graph and extras."""
-    targets = section.require_targets()
-    return Section(
-        name=section.name,
-        ids=np.asarray(section.ids)[rows],
-        features=rows_of(section.features, rows),
-        coordinates=section.coordinates[rows],
-        targets=replace(targets, counts=targets.counts[rows], library_size=targets.library_size[rows]),
-        group=section.group,
-    )
+def _moments(targets: Targets, *, squares_only: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (G,) and sum of squares (G,) or of products (G, G) over observations."""
+    n_genes = targets.shape[1]
+    total, second = np.zeros(n_genes), np.zeros(n_genes if squares_only else (n_genes, n_genes))
+    for rows in row_blocks(targets.shape[0], _READ_ROWS):
+        block = targets[rows]
+        total += block.sum(axis=0, dtype=np.float64)
+        second += np.square(block, dtype=np.float64).sum(axis=0) if squares_only else block.T @ block
+    return total, second
 
 
 def _leading(covariance: np.ndarray, rank: int) -> np.ndarray:
-    """Leading eigenvectors, (G, rank), each with its largest entry positive so that signs do not depend on the library."""
+    """Leading eigenvectors, (G, rank), each with its largest entry positive: signs do not depend on the library."""
     from scipy.linalg import eigh
 
     n = len(covariance)

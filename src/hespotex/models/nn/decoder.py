@@ -123,7 +123,13 @@ class ImageStream(nn.Module):
         self.gene_head = Head(width, head_width, n_out, dropout=dropout)
 
     def forward(
-        self, features: Tensor, edges: Tensor, weights: Tensor, factor: Tensor | None = None, *, chunk: int | None = None
+        self,
+        features: Tensor,
+        edges: Tensor,
+        weights: Tensor,
+        factor: Tensor | None = None,
+        *,
+        chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Patch embedding (n, width) and prediction (n, n_out) of all nodes of a section.
 

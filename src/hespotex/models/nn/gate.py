@@ -16,7 +16,7 @@ __all__ = ["GATE", "NeighbourhoodAttention", "Tying", "gate_optimizer", "gate_st
 Tying = Literal["shared", "legacy"]
 
 _GAIN = 1.414  # of the Xavier initialisation, as published
-_BLOCK = 64  # columns aggregated at a time: messages of all edges × all columns need not be held at once
+_MESSAGES = 2**24  # numbers sent along all edges at a time: 64 MiB
 
 
 class NeighbourhoodAttention(MessagePassing):
@@ -37,9 +37,12 @@ class NeighbourhoodAttention(MessagePassing):
 
     def forward(self, values: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
         """Σ_j weights_ij · values_j, (n, d)."""
-        blocks = values.split(_BLOCK, dim=1)
+        columns = max(1, _MESSAGES // max(edges.shape[1], 1))
+        if columns >= values.shape[1]:
+            return self._aggregate(edges, values, weights)
+        blocks = values.split(columns, dim=1)
         if not torch.is_grad_enabled():
-            return torch.cat([self.propagate(edges, values=block, weights=weights) for block in blocks], dim=1)
+            return torch.cat([self._aggregate(edges, block, weights) for block in blocks], dim=1)
         # Recomputing a block's messages in the backward pass keeps memory at nodes × columns, not edges × columns.
         summed = [
             checkpoint(self._aggregate, edges, block, weights, use_reentrant=False, preserve_rng_state=False)

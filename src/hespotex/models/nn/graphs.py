@@ -16,7 +16,7 @@ from ...errors import DataValueError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["edge_index", "nearest", "neighbour_mean", "truncated", "with_self_loops"]
+__all__ = ["edge_index", "nearest", "neighbour_mean", "ring", "truncated", "with_self_loops"]
 
 
 def nearest(
@@ -154,6 +154,23 @@ def neighbour_mean(graph: sparse.csr_array, *, subtract_self: bool = False) -> s
     weights = sparse.csr_array(weights)
     weights.data = weights.data * np.repeat(scale, np.diff(weights.indptr))
     return _sorted(weights)
+
+
+def ring(graph: sparse.csr_array) -> sparse.csr_array:
+    """Graph of all spots around a spot: on a square lattice the diagonals are added, any other stays as it is.
+
+    A lattice is taken for square if no spot has more than four neighbours; its diagonals are the spots that two
+    neighbours lead to.
+    """
+    pattern = sparse.csr_array(graph, dtype=np.float32, copy=True)
+    pattern.data[:] = 1.0
+    if pattern.shape[0] == 0 or np.diff(pattern.indptr).max() > 4:
+        return pattern
+    twice = sparse.csr_array(pattern @ pattern)
+    targets = np.repeat(np.arange(twice.shape[0]), np.diff(twice.indptr))
+    twice.data = ((twice.data >= 2) & (twice.indices != targets)).astype(np.float32)
+    twice.eliminate_zeros()
+    return _sorted(pattern.maximum(twice))
 
 
 def _members(region: np.ndarray) -> Iterator[np.ndarray]:

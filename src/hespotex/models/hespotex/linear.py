@@ -1,0 +1,178 @@
+"""Ridge regression onto the target space: what the networks start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from .._inner import gene_correlation
+from .targets import TargetSpace
+
+if TYPE_CHECKING:
+    from ...data.section import Section
+    from .._inner import InnerFold
+
+__all__ = ["RidgeSkip"]
+
+# As multiples of the number of observations times the mean variance of a feature.
+PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-3.0, 1.75, 0.5))
+_FALLBACK = 0.1  # where there is nothing to choose on
+_SCORE_ROWS = 2048  # of each held-out section, evenly spread
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeSkip:
+    """Ridge regression from the image stream's features to the target space.
+
+    Attributes
+    ----------
+    weights, intercept
+        (d, width) and (width,) float32.
+    """
+
+    weights: np.ndarray
+    intercept: np.ndarray
+
+    @classmethod
+    def fit(
+        cls,
+        sections: Sequence[Section],
+        features: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        folds: Sequence[InnerFold],
+        space: TargetSpace,
+        ranks: Sequence[int],
+    ) -> tuple[Self, list[np.ndarray], int]:
+        """Choose penalty and rank on `folds`, fit on all.
+
+        Parameters
+        ----------
+        sections
+            Training sections, for their measured expression.
+        features, targets
+            Of each section, (n, d) and (n, width) in `space`.
+        folds
+            Left-out parts of the training set; without any, the largest rank and a middling penalty are taken.
+        space
+            Target space of the largest rank.
+        ranks
+            Candidates, ascending; empty to keep the width of `space`.
+
+        Returns
+        -------
+        The regression on all sections; what is predicted for each section while its fold is left out, (n, rank): the
+        networks must learn what ridge misses on tissue it has *not* seen; and the rank.
+        """
+        ranks = [rank for rank in ranks if rank < space.width] + [space.width]
+        whole = {index: np.arange(len(each)) for index, each in enumerate(features)}
+        total = _Sums.over(features, targets, whole)
+        scores: list[np.ndarray] = []
+        apart: list[tuple[InnerFold, _Ridge]] = []
+        for fold in folds:
+            ridge = _Ridge.of(total - _Sums.over(features, targets, fold.held_out))
+            apart.append((fold, ridge))
+            for index, held in fold.held_out.items():
+                rows = held[np.linspace(0, len(held) - 1, min(len(held), _SCORE_ROWS)).astype(np.int64)]
+                measured = sections[index].require_targets()[rows]
+                scores.append(_scores(ridge, features[index][rows], measured, space, ranks))
+        known = [score for score in scores if np.isfinite(score).all()]
+        penalty, rank = _FALLBACK, ranks[-1]
+        if known:
+            best = np.unravel_index(np.argmax(np.mean(known, axis=0)), known[0].shape)
+            penalty, rank = PENALTIES[best[0]], ranks[best[1]]
+        fitted = cls._solved(_Ridge.of(total), penalty, rank)
+        unseen = [fitted(each) for each in features]
+        for fold, ridge in apart:
+            regression = cls._solved(ridge, penalty, rank)
+            for index, rows in fold.held_out.items():
+                unseen[index][rows] = regression(features[index][rows])
+        return fitted, unseen, rank
+
+    @classmethod
+    def _solved(cls, ridge: _Ridge, penalty: float, rank: int) -> Self:
+        weights, intercept = ridge.solve(penalty)
+        return cls(weights[:, :rank].astype(np.float32), intercept[:rank].astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(n, d) → (n, width)."""
+        return features @ self.weights + self.intercept
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays."""
+        return {"weights": self.weights, "intercept": self.intercept}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Inverse of :meth:`state`."""
+        return cls(arrays["weights"], arrays["intercept"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over observations of features, targets and their products."""
+
+    n: int
+    x: np.ndarray
+    y: np.ndarray
+    xx: np.ndarray
+    xy: np.ndarray
+
+    @classmethod
+    def over(
+        cls, features: Sequence[np.ndarray], targets: Sequence[np.ndarray], rows: Mapping[int, np.ndarray]
+    ) -> Self:
+        d, width = features[0].shape[1], targets[0].shape[1]
+        n, sums = 0, [np.zeros(d), np.zeros(width), np.zeros((d, d)), np.zeros((d, width))]
+        for index, chosen in rows.items():
+            x, y = features[index][chosen], targets[index][chosen]
+            n += len(x)
+            parts = (x.sum(axis=0, dtype=np.float64), y.sum(axis=0, dtype=np.float64), x.T @ x, x.T @ y)
+            sums = [one + part for one, part in zip(sums, parts, strict=True)]
+        return cls(n, *sums)
+
+    def __sub__(self, other: _Sums) -> _Sums:
+        names = ("n", "x", "y", "xx", "xy")
+        return _Sums(*(getattr(self, name) - getattr(other, name) for name in names))
+
+
+@dataclass(frozen=True, eq=False)
+class _Ridge:
+    """Eigendecomposition of the features' covariance, which serves all penalties."""
+
+    centre: np.ndarray
+    level: np.ndarray
+    values: np.ndarray
+    axes: np.ndarray
+    along: np.ndarray
+
+    @classmethod
+    def of(cls, sums: _Sums) -> Self:
+        from scipy.linalg import eigh
+
+        centre, level = sums.x / sums.n, sums.y / sums.n
+        values, axes = eigh(sums.xx / sums.n - np.outer(centre, centre), check_finite=False)
+        return cls(centre, level, np.maximum(values, 0.0), axes, axes.T @ (sums.xy / sums.n - np.outer(centre, level)))
+
+    def solve(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (d, width) and intercept (width,)."""
+        lift = max(penalty * float(self.values.mean()), np.finfo(float).tiny)
+        weights = self.axes @ (self.along / (self.values + lift)[:, None])
+        return weights, self.level - self.centre @ weights
+
+
+def _scores(
+    ridge: _Ridge, features: np.ndarray, measured: np.ndarray, space: TargetSpace, ranks: Sequence[int]
+) -> np.ndarray:
+    """Mean Pearson r over genes within one held-out section, (penalties, ranks)."""
+    scores = np.full((len(PENALTIES), len(ranks)), np.nan)
+    for row, penalty in enumerate(PENALTIES):
+        weights, intercept = ridge.solve(penalty)
+        values = (features @ weights + intercept).astype(np.float32)
+        for column, rank in enumerate(ranks):
+            r = gene_correlation(measured, space.truncated(rank).decode(values[:, :rank]))
+            if np.isfinite(r).any():
+                scores[row, column] = np.nanmean(r)
+    return scores
