@@ -65,7 +65,7 @@ def test_what_cannot_be_normalised_is_an_error(adata):
         normalize_counts(adata, unit="tpm")
     with pytest.raises(DataValueError, match="holds already"):
         normalize_counts(adata, unit="counts")
-    with pytest.raises(MissingKeyError, match="layer='raw'"):
+    with pytest.raises(MissingKeyError, match="layer 'raw'"):
         normalize_counts(adata, layer="raw")
     adata.X = adata.X.astype(float) * 0.5
     with pytest.raises(CountsError, match="already normalised"):

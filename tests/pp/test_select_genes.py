@@ -158,7 +158,7 @@ def test_copy_and_errors_leave_the_object_alone():
         ({"min_spots": 61}, DataValueError, "panel is empty"),
         ({"min_spots_fraction": 1.5}, DataValueError, "min_spots_fraction"),
         ({"min_spots_fraction": 0.1, "min_spots": 3}, DataValueError, "not both"),
-        ({"layer": "raw"}, MissingKeyError, "layer='raw'"),
+        ({"layer": "raw"}, MissingKeyError, "layer 'raw'"),
     ]:
         with pytest.raises(error, match=message):
             select_genes(adata, **wrong)

@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["SectionView", "as_list", "attributes", "embedding_entry", "find_embedding", "sections_from", "views_of"]
+__all__ = [
+    "Region",
+    "SectionView",
+    "as_list",
+    "attributes",
+    "embedding_entry",
+    "find_embedding",
+    "regions_of",
+    "sections_from",
+    "views_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +52,28 @@ class SectionView:
     section: Section
     table: AnnotatedTable
     rows: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Rows of a table that are one section: what a section is before anything was embedded.
+
+    Attributes
+    ----------
+    data, table, rows
+        The object, its table, and the rows of it.
+    name
+        Unique name.
+    patient
+        Patient; the section's own name where none is known, which `patient_known` tells.
+    """
+
+    data: SpatialData | AnnData
+    table: AnnotatedTable
+    rows: np.ndarray
+    name: str
+    patient: str
+    patient_known: bool
 
 
 def as_list(data: SpatialData | AnnData | Sequence[SpatialData | AnnData]) -> list[SpatialData | AnnData]:
@@ -171,41 +203,62 @@ def views_of(
     MissingKeyError
         If an embedding or graph is missing; the ``pp`` call that makes it is named.
     """
+    views: list[SectionView] = []
+    places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of each table, not of each of its regions
+    for region in regions_of(sdatas, table_key=table_key, shapes_key=shapes_key, groups=groups):
+        table, key = region.table, find_embedding(region.table.adata, embedding_key)
+        if id(table) not in places:
+            places = {id(table): _coordinates(region.data, table, image_key, key)}
+        coordinates, pixels = places[id(table)]
+        views.append(
+            _view(
+                table,
+                region.rows,
+                region.name,
+                region.patient,
+                coordinates,
+                pixels,
+                genes=genes,
+                unit=unit,
+                embedding_key=key,
+                counts_layer=counts_layer,
+                min_counts=min_counts,
+                with_edges=with_edges,
+            )
+        )
+    return views
+
+
+def regions_of(
+    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    *,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    groups: Sequence[str] | str | None = None,
+) -> list[Region]:
+    """Every region of every object with its name and patient; neither embedding nor image is needed.
+
+    Arguments as in :func:`views_of`.
+    """
     items = as_list(sdatas)
     if groups is not None and not isinstance(groups, str) and len(groups) != len(items):
         raise DataValueError(f"groups names {len(groups)} patients for {len(items)} sections")
-    views: list[SectionView] = []
+    found: list[Region] = []
     names: set[str] = set()
     for position, data in enumerate(items):
         table = resolve_table(data, table_key=table_key, shapes_key=shapes_key)
-        adata = table.adata
         noted = attributes(data)
         base = str(noted.get("name") or f"section{position}")
-        coordinates, pixels = _coordinates(data, table, image_key, find_embedding(adata, embedding_key))
-        for code in np.unique(table.region):
+        codes = np.unique(table.region)
+        for code in codes:
             rows = np.flatnonzero(table.region == code)
-            name = base if len(np.unique(table.region)) == 1 else f"{base}:{_region_name(table, int(code))}"
+            name = base if len(codes) == 1 else f"{base}:{_region_name(table, int(code))}"
             while name in names:
                 name += "'"
             names.add(name)
-            group = _group(groups, position, adata, rows, noted, name)
-            views.append(
-                _view(
-                    table,
-                    rows,
-                    name,
-                    group,
-                    coordinates,
-                    pixels,
-                    genes=genes,
-                    unit=unit,
-                    embedding_key=find_embedding(adata, embedding_key),
-                    counts_layer=counts_layer,
-                    min_counts=min_counts,
-                    with_edges=with_edges,
-                )
-            )
-    return views
+            patient = _group(groups, position, table.adata, rows, noted, name)
+            found.append(Region(data, table, rows, name, patient or name, patient_known=patient is not None))
+    return found
 
 
 def _region_name(table: AnnotatedTable, code: int) -> str:
@@ -219,7 +272,7 @@ def _group(
     rows: np.ndarray,
     noted: Mapping[str, Any],
     name: str,
-) -> str:
+) -> str | None:
     column = groups if isinstance(groups, str) else Keys.PATIENT
     if groups is not None and not isinstance(groups, str):
         return str(groups[position])
@@ -232,7 +285,7 @@ def _group(
         return str(values[0])
     if isinstance(groups, str):
         raise MissingKeyError(f"groups={groups!r} is not a column of obs, which has {list(adata.obs)}")
-    return str(noted.get("patient") or name)
+    return str(noted["patient"]) if noted.get("patient") else None
 
 
 def _coordinates(

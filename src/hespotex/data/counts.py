@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from ..errors import CountsError
+from ..errors import CountsError, MissingKeyError
 
-__all__ = ["check_counts", "check_names", "library_size"]
+__all__ = ["check_counts", "check_names", "counts_of", "library_size"]
 
 _BLOCK_ROWS = 4096
 
@@ -91,3 +91,22 @@ def check_names(names: Sequence[str], where: str = "gene names") -> None:
 def library_size(counts: Any) -> np.ndarray:
     """Total count of each observation over all genes, (n,) float64."""
     return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def counts_of(adata: Any, layer: str | None, where: str) -> Any:
+    """The matrix of an AnnData that should hold the counts, not yet checked.
+
+    Raises
+    ------
+    MissingKeyError
+        If there is no such layer.
+    CountsError
+        If there is no matrix at all.
+    """
+    if layer is not None and layer not in adata.layers:
+        there = [key for key in adata.layers if key is not None]
+        raise MissingKeyError(f"{where}: layer {layer!r} with the counts is missing; layers hold {there}")
+    counts = adata.X if layer is None else adata.layers[layer]
+    if counts is None:
+        raise CountsError(f"{where} has no counts: X is empty")
+    return counts

@@ -12,12 +12,11 @@ from scipy import sparse
 from .._keys import Keys
 from .._logging import logger
 from ..data.bridge import as_list
-from ..data.counts import check_counts, check_names, library_size
+from ..data.counts import check_counts, check_names, counts_of, library_size
 from ..data.provenance import record
 from ..data.tables import resolve_table
 from ..data.units import check_unit, normalize_sparse
 from ..errors import DataValueError, HespotexWarning, MissingKeyError
-from ._select_genes import counts_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -100,7 +99,7 @@ def normalize_counts(
     results: list[sparse.csr_matrix] = []
     panels: list[list[str]] = []
     for number, adata in enumerate(tables):
-        counts = counts_of(adata, layer, str(number))
+        counts = counts_of(adata, layer, f"section {number}")
         check_counts(counts, f"section {number}")
         check_names(adata.var_names, "gene names")
         total = library_size(counts)

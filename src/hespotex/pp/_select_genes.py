@@ -10,11 +10,11 @@ import numpy as np
 from .._keys import Keys
 from .._logging import logger
 from ..data.bridge import as_list
-from ..data.counts import library_size
+from ..data.counts import counts_of, library_size
 from ..data.panel import Method, PanelSource, choose_panel
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table
-from ..errors import CountsError, MissingKeyError
+from ..errors import MissingKeyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -140,24 +140,12 @@ def select_genes(
     return None
 
 
-def counts_of(adata: AnnData, layer: str | None, name: str) -> Any:
-    """The count matrix meant by `layer`, unchecked."""
-    if layer is not None and layer not in adata.layers:
-        raise MissingKeyError(
-            f"layer={layer!r} is not in layers, which hold {[key for key in adata.layers if key is not None]}"
-        )
-    counts = adata.X if layer is None else adata.layers[layer]
-    if counts is None:
-        raise CountsError(f"section {name!r} has no counts: X is empty")
-    return counts
-
-
 def panel_sources(
     table: AnnotatedTable, *, layer: str | None = None, graph_key: str | None = None, name: str = ""
 ) -> list[PanelSource]:
     """One source of a panel for each region of `table`."""
     adata = table.adata
-    counts = counts_of(adata, layer, name)
+    counts = counts_of(adata, layer, f"section {name!r}")
     if graph_key is not None and graph_key not in adata.obsp:
         raise MissingKeyError(f"obsp[{graph_key!r}] is missing; make it with hx.pp.spatial_graph(sdata)")
     graph = None if graph_key is None else adata.obsp[graph_key]
