@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,77 @@ def her2st_dir(data_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{data_dir} holds no her2st")
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_section() -> Any:
+    """Maker of small sections for tests of geometry and streaming: noise with known pixels, spots at known places.
+
+    ``make(pixels=None, *, scale_factors=None, mpp=0.5, to_global=None, centres=None, radius=20, ids=None, chunks=None,
+    table=True, extra_systems=...)`` returns a SpatialData with ``image``, ``spots`` and ``table``; `to_global` is
+    applied to image and spots alike.
+    """
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    import spatialdata as sd
+    from spatialdata.models import Image2DModel, ShapesModel, TableModel
+    from spatialdata.transformations import Identity, Scale, Sequence
+
+    def make(
+        pixels: Any = None,
+        *,
+        scale_factors: list[int] | None = None,
+        mpp: float | None = 0.5,
+        to_global: Any = None,
+        centres: Any = None,
+        radius: float = 20.0,
+        ids: Any = None,
+        chunks: int | None = None,
+        table: bool = True,
+    ) -> sd.SpatialData:
+        rng = np.random.default_rng(0)
+        if pixels is None:
+            pixels = rng.integers(0, 255, (3, 600, 500), dtype=np.uint8)
+        to_global = to_global or Identity()
+        systems = {"global": to_global}
+        if mpp is not None:
+            systems["microns"] = Sequence([to_global, Scale([mpp, mpp], axes=("x", "y"))])
+        image = Image2DModel.parse(
+            pixels,
+            dims=("c", "y", "x"),
+            scale_factors=scale_factors,
+            chunks=chunks,
+            transformations=dict(systems),
+        )
+        height, width = pixels.shape[1:]
+        if centres is None:
+            centres = rng.uniform([60, 60], [width - 60, height - 60], (12, 2))
+        centres = np.asarray(centres, dtype=float)
+        ids = [f"s{i}" for i in range(len(centres))] if ids is None else list(ids)
+        spots = ShapesModel.parse(
+            centres, geometry=0, radius=radius, index=pd.Index(ids), transformations=dict(systems)
+        )
+        tables = {}
+        if table:
+            order = rng.permutation(len(ids))  # tables and shapes need not agree in order
+            names = [ids[i] for i in order]
+            obs = pd.DataFrame({"region": pd.Categorical(["spots"] * len(ids)), "spot_id": names})
+            obs.index = pd.Index([f"obs_{name}" for name in names])
+            adata = ad.AnnData(rng.poisson(2, (len(ids), 5)).astype(np.float32), obs=obs)
+            adata.obsm["spatial"] = centres[order]
+            tables["table"] = TableModel.parse(adata, region="spots", region_key="region", instance_key="spot_id")
+        return sd.SpatialData(images={"image": image}, shapes={"spots": spots}, tables=tables)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden(data_dir: Path) -> Callable[[str], Any]:
+    """Reader of the numbers recorded from the published HESpotEx modules: ``golden("graphs")["random_xy"]``."""
+    import numpy as np
+
+    folder = data_dir / "golden" / "hespotex"
+    if not folder.is_dir():
+        pytest.skip(f"{data_dir} holds no golden/hespotex")
+    return lambda name: np.load(folder / f"{name}.npz")
