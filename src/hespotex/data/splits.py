@@ -115,12 +115,12 @@ def check_folds(folds: Sequence[Fold], patients: Sequence[str], *, force: bool =
     HespotexWarning
         With `force`, that the result is no score on an unseen patient.
     """
-    of_section = np.asarray([str(patient) for patient in patients])
-    shared = {
-        fold.name: sorted(set(of_section[fold.train]) & set(of_section[fold.test]))
-        for fold in folds
-        if set(of_section[fold.train]) & set(of_section[fold.test])
-    }
+    of_section = [str(patient) for patient in patients]
+    shared: dict[str, list[str]] = {}
+    for fold in folds:
+        both = {of_section[index] for index in fold.train} & {of_section[index] for index in fold.test}
+        if both:
+            shared[fold.name] = sorted(both)
     if not shared:
         return
     leaking = sorted({patient for inside in shared.values() for patient in inside})

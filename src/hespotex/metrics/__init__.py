@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ._aggregate import aggregate
 from ._bootstrap import Interval, PairedDifference, block_draws, block_interval, paired_difference, resample_interval
-from ._ceiling import Ceiling, ceiling, split_half
+from ._ceiling import Ceiling, ceiling, gene_ceiling, split_half
 from ._correlation import pearson, spearman
 from ._error import deviance_explained, mae, mse, nrmse, r2, rmse
 from ._nulls import (
@@ -19,11 +19,12 @@ from ._nulls import (
     null_sibling_mean,
     null_train_mean,
 )
-from ._score import METRICS, score
+from ._score import DEFAULT_METRICS, METRICS, score
 from ._spread import clipped_fraction, is_oversmoothed, relative_variance_distance, variance_ratio
 from ._ssim import Windows, lattice_windows, ssim
 
 __all__ = [
+    "DEFAULT_METRICS",
     "METRICS",
     "Ceiling",
     "Interval",
@@ -35,6 +36,7 @@ __all__ = [
     "ceiling",
     "clipped_fraction",
     "deviance_explained",
+    "gene_ceiling",
     "is_oversmoothed",
     "lattice_windows",
     "mae",

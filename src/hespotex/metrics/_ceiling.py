@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -12,7 +13,10 @@ from ..data.units import normalize
 from ..errors import DataValueError
 from ._correlation import pearson
 
-__all__ = ["Ceiling", "Transform", "ceiling", "reliable", "split_half"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Ceiling", "Transform", "ceiling", "gene_ceiling", "reliable", "split_half"]
 
 Transform = str | Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A unit of :data:`hespotex.data.UNITS`, or a function of (panel counts, library size)."""
@@ -134,6 +138,20 @@ def ceiling(halves: np.ndarray | Sequence[np.ndarray]) -> Ceiling:
     genes = reliable(mean)
     per_section = [_mean(reliable(row)) for row in table]
     return Ceiling(_mean(genes), _mean(np.array(per_section)), genes)
+
+
+def gene_ceiling(table: pd.DataFrame) -> pd.Series:
+    """Ceiling of the gene of each row of a table of scores, from its column ``split_half``.
+
+    Split-half correlations are averaged over the sections of a patient, then over patients, before the root.
+    """
+    sections = table.drop_duplicates(["patient", "section", "gene"])
+    half = (
+        sections.groupby(["patient", "gene"], observed=True)["split_half"].mean().groupby("gene", observed=True).mean()
+    )
+    return (
+        table["gene"].map(dict(zip(half.index, reliable(half.to_numpy(dtype=np.float64)), strict=True))).astype(float)
+    )
 
 
 def _mean(values: np.ndarray) -> float:

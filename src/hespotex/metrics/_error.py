@@ -83,7 +83,7 @@ def r2(
         As in :func:`pearson`.
     training_mean
         Mean of each gene over the training observations in the same unit, (G,): the error of a legal
-        predictor. ``None`` takes the section's own mean, which no predictor may know: descriptive only.
+        predictor; NaN for a gene that training did not measure, whose result is NaN too. ``None`` takes the section's own mean, which no predictor may know: descriptive only.
 
     Returns
     -------
@@ -101,11 +101,11 @@ def r2(
         reference = measured.mean(axis=0, dtype=np.float64)
     else:
         reference = np.asarray(training_mean, dtype=np.float64).ravel()
-        if reference.shape != (measured.shape[1],) or not np.isfinite(reference).all():
+        if reference.shape != (measured.shape[1],) or np.isinf(reference).any():
             raise DataValueError(f"training_mean must be {measured.shape[1]} finite values, one per gene")
     unexplained = per_gene(_mean_square, measured, predicted)
     baseline = per_gene(_mean_square, measured, np.broadcast_to(reference, measured.shape))
-    defined = ~is_undefined(measured)
+    defined = ~is_undefined(measured) & ~np.isnan(reference)
     return 1 - np.divide(unexplained, baseline, out=np.full(measured.shape[1], np.nan), where=defined)
 
 

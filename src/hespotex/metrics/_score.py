@@ -86,8 +86,8 @@ def score(
     columns: dict[str, Any] = {"gene": np.asarray(genes, dtype=object), "n_spots": len(measured)}
     for name in metrics:
         if name == "r2":
-            missing = np.full(len(genes), np.nan)
-            columns[name] = missing if training_mean is None else r2(measured, predicted, training_mean)
+            mean = np.full(len(genes), np.nan) if training_mean is None else training_mean
+            columns[name] = r2(measured, predicted, mean)
         elif name == "ssim" and windows is not None:
             columns[name] = ssim(measured, predicted, windows)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ._cross_validate import cross_validate
+from ._evaluate import evaluate
 from ._predict import predict
 from ._train import train
 
-__all__ = ["predict", "train"]
+__all__ = ["cross_validate", "evaluate", "predict", "train"]

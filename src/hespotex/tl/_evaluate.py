@@ -1,0 +1,343 @@
+"""Compare stored predictions with the measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from .. import metrics as scores
+from .._keys import Keys
+from .._logging import logger
+from .._settings import settings
+from ..data.bridge import Region, regions_of
+from ..data.counts import check_counts, check_names, counts_of, library_size
+from ..data.provenance import record
+from ..data.stored import StoredPrediction, prediction_keys, read_prediction
+from ..data.transaction import restored_on_error
+from ..data.units import normalize
+from ..errors import AmbiguousKeyError, DataValueError, LeakageError, MissingKeyError
+from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
+from ._windows import windows_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    data: SpatialData | AnnData | Sequence[SpatialData | AnnData],
+    key: str | Sequence[str] | None = None,
+    *,
+    reference: SpatialData | AnnData | Sequence[SpatialData | AnnData] | None = None,
+    groups: Sequence[str] | str | None = None,
+    metrics: Sequence[str] = scores.DEFAULT_METRICS,
+    nulls: bool = True,
+    table_key: str | None = None,
+    counts_layer: str | None = None,
+    min_counts: int = 1,
+    nan_policy: str = "raise",
+    seed: int | None = None,
+    copy: bool = False,
+) -> pd.DataFrame | None:
+    """Compare stored predictions with the measured counts in the predictions' own unit.
+
+    The counts are normalised with the full library and are never smoothed; genes are correlated within a section.
+
+    Parameters
+    ----------
+    data
+        One or many sections with a prediction and the measurement.
+    key
+        Key of the prediction, or several to compare on the genes that all of them predict; may be left out where there
+        is one.
+    reference
+        The sections the model was trained on. From them come the training mean (for ``r2``) and the nulls that learn:
+        ``null_train_mean``, ``null_density``, ``null_depth`` (reads test counts: a diagnostic, no predictor) and, with
+        other sections of the same patient, ``null_sibling_mean`` and ``null_coordinate``.
+    groups
+        Patient of each object of `data`, or the ``obs`` column that names it; what the readers noted by default.
+    metrics
+        Scores to compute, as in :func:`hespotex.tl.cross_validate`.
+    nulls
+        Whether to add rows for nulls and columns for the noise ceiling.
+    table_key
+        Table that holds prediction and counts, where there are several.
+    counts_layer
+        Layer with the raw counts; ``X`` by default.
+    min_counts
+        Spots with fewer counts are not scored.
+    nan_policy
+        ``"raise"``, or ``"zero"`` to score values that are not finite as 0.
+    seed
+        Seed of nulls and ceiling.
+    copy
+        Return the scores and write nothing.
+
+    Returns
+    -------
+    ``None``, or with ``copy=True`` one row per model (the key), section and gene: ``model``, ``patient``, ``section``,
+    ``gene``, ``n_spots``, the metrics, ``undefined``, ``flat`` and, with `nulls`, ``split_half`` and ``ceiling``. Its summary,
+    with skill, ceiling, r / ceiling, nulls, patients and excluded genes, is :func:`hespotex.metrics.aggregate`.
+    Written otherwise, into the table of each section:
+
+    ``var["<key>_pearson"]``, … : float
+        each metric; mean over the regions of the table, NaN for genes that were not predicted or are undefined;
+    ``var["<key>_ceiling"]``
+        noise ceiling of each gene;
+    ``uns["hespotex"]["<key>_evaluation"]``
+        unit, metrics and the means over genes of this table.
+
+    Raises
+    ------
+    MissingKeyError
+        If there is no such prediction, or nothing was measured.
+    DataValueError
+        If predictions to compare differ in unit, share no gene, or hold values that are not finite.
+    LeakageError
+        If a section to evaluate is also in `reference`.
+
+    See Also
+    --------
+    hespotex.metrics.aggregate, hespotex.tl.cross_validate
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> train, test = hx.datasets.synthetic(n_patients=2, n_spots=60, size_px=1200)
+    >>> hx.pp.embed(train, "morphology", progress_bar=False)
+    >>> model = hx.tl.train(train, "ridge", n_top_genes=20, gene_selection="high_mean")
+    >>> hx.tl.predict(test, model)
+    >>> hx.tl.evaluate(test, "ridge", reference=train)
+    >>> "ridge_pearson" in test["table"].var
+    True
+    """
+    import pandas as pd
+
+    seed = settings.seed if seed is None else seed
+    regions = regions_of(data, table_key=table_key, groups=groups)
+    keys = _keys(regions[0].table.adata, key)
+    training = [] if reference is None else regions_of(reference, table_key=table_key)
+    _check_apart(regions, training)
+    tables = []
+    for region in regions:
+        predictions = {name: _predicted(region, name) for name in keys}
+        genes, unit = _agreed(predictions, region.name)
+        measured = _measure(region, genes, unit, counts_layer)
+        if not measured.known.any():
+            raise MissingKeyError(f"section {region.name!r}: none of the {len(genes)} predicted genes was measured")
+        rows = np.flatnonzero(measured.library_size >= min_counts)
+        if not len(rows):
+            raise DataValueError(f"section {region.name!r} has no spot with at least {min_counts} counts")
+        guesses = {
+            name: prediction.values[region.rows][rows][:, _columns(prediction, genes)]
+            for name, prediction in predictions.items()
+        }
+        test = measured.take(rows)
+        train = [_measure(other, genes, unit, counts_layer) for other in training]
+        train = [section.take(np.flatnonzero(section.library_size >= min_counts)) for section in train]
+        usable = test.known.copy()  # nulls learn from genes that every training section measured
+        for section in train:
+            usable &= section.known
+        training_mean = np.full(len(genes), np.nan)
+        learned: dict[str, np.ndarray] = {}
+        if train and usable.any():
+            training_mean[usable] = scores.null_train_mean([section.values[:, usable] for section in train], 1)[0]
+        if nulls:
+            for name in keys:
+                guesses |= nulls_of_prediction(guesses[name], name, seed=seed)
+            if train and usable.any():
+                learned = nulls_of_training([section.evidence(usable) for section in train], test.evidence(usable))
+        windows = None
+        if "ssim" in metrics:
+            windows = windows_of(test.array, test.coordinates, region.name)
+        halves = _split_half(test, unit, seed) if nulls else None
+        scored: list[tuple[str, np.ndarray, Any]] = [(name, guess, slice(None)) for name, guess in guesses.items()]
+        scored += [(name, guess, usable) for name, guess in learned.items()]
+        for name, guess, chosen in scored:
+            table = scores.score(
+                test.values[:, chosen],
+                guess,
+                np.asarray(genes, dtype=object)[chosen].tolist(),
+                metrics=metrics,
+                training_mean=training_mean[chosen],
+                windows=windows,
+                nan_policy=nan_policy,  # type: ignore[arg-type]
+            )
+            if halves is not None:
+                table["split_half"] = halves[chosen]
+            front = {"model": name, "patient": region.patient, "section": region.name}
+            for position, (column, value) in enumerate(front.items()):
+                table.insert(position, column, value)
+            tables.append(table)
+    result = pd.concat(tables, ignore_index=True)
+    if nulls:
+        result["ceiling"] = scores.gene_ceiling(result)
+    if copy:
+        return result
+    _store(regions, keys, result, list(metrics), nulls=nulls)
+    logger.info("evaluated %s in %d sections", ", ".join(keys), len(regions))
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Counts of a section in the unit of a prediction, and what nulls may look at."""
+
+    patient: str
+    counts: sparse.csr_array  # (n, known genes)
+    known: np.ndarray  # (G,) bool
+    values: np.ndarray  # (n, G), NaN where not measured
+    library_size: np.ndarray
+    coordinates: np.ndarray
+    array: np.ndarray | None
+    scalars: dict[str, np.ndarray]
+
+    def take(self, rows: np.ndarray) -> _Measured:
+        return _Measured(
+            self.patient,
+            sparse.csr_array(self.counts[rows]),
+            self.known,
+            self.values[rows],
+            self.library_size[rows],
+            self.coordinates[rows],
+            None if self.array is None else self.array[rows],
+            {name: values[rows] for name, values in self.scalars.items()},
+        )
+
+    def evidence(self, genes: np.ndarray) -> Evidence:
+        positions = self.coordinates if self.array is None else self.array
+        return Evidence(self.patient, self.values[:, genes], self.library_size, positions, self.scalars)
+
+
+def _keys(adata: AnnData, key: str | Sequence[str] | None) -> list[str]:
+    if key is None:
+        there = prediction_keys(adata)
+        if len(there) == 1:
+            return there
+        if there:
+            raise AmbiguousKeyError(f"key is not given and the table holds several predictions: {there}; name some")
+        raise MissingKeyError("the table holds no prediction; make one with hx.tl.predict(sdata)")
+    keys = [key] if isinstance(key, str) else list(dict.fromkeys(key))
+    if not keys:
+        raise DataValueError("key is empty: name at least one prediction")
+    return keys
+
+
+def _predicted(region: Region, key: str) -> StoredPrediction:
+    if key not in prediction_keys(region.table.adata):
+        raise MissingKeyError(
+            f"key={key!r}: section {region.name!r} holds no such prediction; stored: "
+            f"{prediction_keys(region.table.adata)}. Make one with hx.tl.predict(...)"
+        )
+    return read_prediction(region.table.adata, key)
+
+
+def _agreed(predictions: dict[str, StoredPrediction], name: str) -> tuple[list[str], str]:
+    """Genes that all predictions have, in the order of the first, and their one unit."""
+    units = {key: prediction.unit for key, prediction in predictions.items()}
+    if len(set(units.values())) > 1:
+        raise DataValueError(
+            f"key: the predictions differ in unit ({units}) and cannot be compared; evaluate them apart"
+        )
+    shared = set.intersection(*(set(prediction.genes) for prediction in predictions.values()))
+    genes = [gene for gene in next(iter(predictions.values())).genes if gene in shared]
+    if not genes:
+        raise DataValueError(f"key: the predictions {list(predictions)} of section {name!r} share no gene")
+    unit = next(iter(units.values()))
+    if unit == "log1p_cpm_panel" and any(len(p.genes) != len(genes) for p in predictions.values()):
+        raise DataValueError(
+            f"key: the predictions are in unit={unit!r} of different panels, so equal values mean different things; "
+            "evaluate them apart"
+        )
+    return genes, unit
+
+
+def _columns(prediction: StoredPrediction, genes: Sequence[str]) -> list[int]:
+    place = {gene: column for column, gene in enumerate(prediction.genes)}
+    return [place[gene] for gene in genes]
+
+
+def _measure(region: Region, genes: Sequence[str], unit: str, layer: str | None) -> _Measured:
+    import pandas as pd
+
+    adata, where = region.table.adata, f"section {region.name!r}"
+    counts = counts_of(adata, layer, where)
+    check_counts(counts, where)
+    check_names(adata.var_names, f"{where}: gene names")
+    columns = adata.var_names.get_indexer(pd.Index(list(genes)))
+    known = columns >= 0
+    if unit == "log1p_cpm_panel" and not known.all():
+        missing = [gene for gene, there in zip(genes, known, strict=True) if not there]
+        raise DataValueError(
+            f"{where} does not measure {len(missing)} of the predicted genes ({', '.join(missing[:5])}), so unit={unit!r}, "
+            "which divides by the whole panel, is undefined there"
+        )
+    library = library_size(counts)[region.rows]
+    panel = sparse.csr_array(sparse.csr_array(counts[:, columns[known]])[region.rows])
+    values = np.full((len(region.rows), len(genes)), np.nan, dtype=np.float32)
+    values[:, known] = normalize(panel, library, unit)
+    array = None
+    if Keys.ARRAY_ROW in adata.obs and Keys.ARRAY_COL in adata.obs:
+        array = adata.obs[[Keys.ARRAY_ROW, Keys.ARRAY_COL]].to_numpy(dtype=np.float64)[region.rows]
+        array = array if np.isfinite(array).all() else None
+    coordinates = np.zeros((len(region.rows), 2))
+    if Keys.SPATIAL in adata.obsm:
+        coordinates = np.asarray(adata.obsm[Keys.SPATIAL], dtype=np.float64)[region.rows][:, :2]
+    scalars = {
+        name: adata.obs[name].to_numpy(dtype=np.float64)[region.rows]
+        for name in (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW)
+        if name in adata.obs
+    }
+    return _Measured(region.patient, panel, known, values, library, coordinates, array, scalars)
+
+
+def _split_half(test: _Measured, unit: str, seed: int) -> np.ndarray:
+    result = np.full(len(test.known), np.nan)
+    result[test.known] = scores.split_half(test.counts, test.library_size, unit, seed=seed)
+    return result
+
+
+def _check_apart(regions: Sequence[Region], training: Sequence[Region]) -> None:
+    trained = {id(region.table.adata) for region in training}
+    if both := [region.name for region in regions if id(region.table.adata) in trained]:
+        raise LeakageError(
+            f"reference: sections {both} are to be evaluated and are among the training sections as well"
+        )
+
+
+def _store(
+    regions: Sequence[Region], keys: Sequence[str], table: pd.DataFrame, metrics: list[str], *, nulls: bool
+) -> None:
+    from contextlib import ExitStack
+
+    columns = [*metrics, *(["ceiling"] if nulls else [])]
+    by_table: dict[int, list[Region]] = {}
+    for region in regions:
+        by_table.setdefault(id(region.table.adata), []).append(region)
+    with ExitStack() as stack:
+        for own in by_table.values():
+            stack.enter_context(restored_on_error(own[0].data))
+            adata = own[0].table.adata
+            here = table[table["section"].isin([region.name for region in own])]
+            for key in keys:
+                mine = here[here["model"] == key]
+                per_gene = mine.groupby("gene", observed=True)[columns].mean()
+                for column in columns:
+                    adata.var[Keys.derived(key, column)] = per_gene[column].reindex(adata.var_names).to_numpy()
+                record(
+                    adata,
+                    Keys.derived(key, "evaluation"),
+                    created_by="hespotex.tl.evaluate",
+                    metrics=metrics,
+                    unit=read_prediction(adata, key).unit,
+                    n_genes=int((~mine["undefined"]).sum()),
+                    n_undefined=int(mine["undefined"].sum()),
+                    means={column: float(mine[column].mean()) for column in columns},
+                )
