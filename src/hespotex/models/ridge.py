@@ -59,14 +59,36 @@ class RidgeConfig:
 
 
 @dataclass(eq=False)
+class _Frame:
+    """Coordinates that the regression works in: standardised features, turned into their span if that is smaller."""
+
+    centre: np.ndarray  # (d,)
+    scale: np.ndarray  # (d,), 0 for constant features
+    level: np.ndarray  # (G,), mean target
+    basis: np.ndarray | None  # (d, r), orthonormal; None for the features themselves
+
+    @property
+    def width(self) -> int:
+        return len(self.centre) if self.basis is None else self.basis.shape[1]
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        x = (features - self.centre) * self.scale
+        return x if self.basis is None else x @ self.basis
+
+    def weights(self, turned: np.ndarray) -> np.ndarray:
+        """Weights of the raw features from weights of the coordinates."""
+        return self.scale[:, None] * (turned if self.basis is None else self.basis @ turned)
+
+
+@dataclass(eq=False)
 class _Moments:
-    """Sums over observations of features and targets, both shifted by constants against cancellation."""
+    """Sums over observations of coordinates and centred targets."""
 
     n: int
-    x: np.ndarray  # (d,)
+    x: np.ndarray  # (r,)
     y: np.ndarray  # (G,)
-    xx: np.ndarray  # (d, d)
-    xy: np.ndarray  # (d, G)
+    xx: np.ndarray  # (r, r)
+    xy: np.ndarray  # (r, G)
 
     def __sub__(self, other: _Moments) -> _Moments:
         return _Moments(self.n - other.n, self.x - other.x, self.y - other.y, self.xx - other.xx, self.xy - other.xy)
@@ -74,14 +96,13 @@ class _Moments:
 
 @dataclass(eq=False)
 class _Spectrum:
-    """Principal axes of the standardised features and the targets' covariance with them."""
+    """Principal axes of the coordinates and the targets' covariance with them."""
 
-    centre: np.ndarray  # (d,), in shifted units
-    scale: np.ndarray  # (d,), 0 for constant features
-    level: np.ndarray  # (G,), in shifted units
-    axes: np.ndarray  # (d, d), leading first
-    values: np.ndarray  # (d,), per observation
-    along: np.ndarray  # (d, G), per observation
+    centre: np.ndarray  # (r,)
+    level: np.ndarray  # (G,)
+    axes: np.ndarray  # (r, r), leading first
+    values: np.ndarray  # (r,), variances
+    along: np.ndarray  # (r, G), covariances
 
 
 @register
@@ -121,26 +142,18 @@ class Ridge(Model[RidgeConfig]):
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Choose penalty and components on held-out training sections, then fit on all of them."""
         self._begin(sections)
-        shift_x = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
-        shift_y = sections[0].require_targets()[slice(0, _READ_ROWS)].mean(axis=0, dtype=np.float64)
+        frame = _frame(sections)
 
         def moments(rows_of_section: Mapping[int, np.ndarray]) -> _Moments:
-            return _accumulate(sections, rows_of_section, shift_x, shift_y)
+            return _accumulate(sections, rows_of_section, frame)
 
         total = moments({index: np.arange(section.n_obs) for index, section in enumerate(sections)})
         candidates = self._candidates()
         kind, folds = inner_folds(sections)
         if folds and len(candidates) > 1:
             scores = [
-                _score(
-                    sections,
-                    fold.held_out,
-                    _decompose(total - moments(fold.held_out)),
-                    shift_x,
-                    candidates,
-                    self.config.score_rows,
-                )
-                for fold in folds
+                _score(sections, fold, frame, _decompose(total - moments(fold)), candidates, self.config.score_rows)
+                for fold in (fold.held_out for fold in folds)
             ]
             mean = _nan_mean(np.concatenate(scores))
         else:
@@ -157,9 +170,12 @@ class Ridge(Model[RidgeConfig]):
         self._chosen_by = kind
         logger.info("ridge: components=%s, penalty=%g chosen by %s", self.components, self.penalty, kind)
         spectrum = _decompose(total)
-        weights, intercept = _solve(spectrum, self.components, self.penalty)
+        turned = _solve(spectrum, self.components, self.penalty)
+        weights = frame.weights(turned)
         self._weights = weights.astype(np.float32)
-        self._intercept = (intercept + shift_y - shift_x @ weights).astype(np.float32)
+        self._intercept = (frame.level + spectrum.level - spectrum.centre @ turned - frame.centre @ weights).astype(
+            np.float32
+        )
         return self
 
     def _candidates(self) -> list[tuple[int | None, float]]:
@@ -190,16 +206,42 @@ class Ridge(Model[RidgeConfig]):
         self.choices, self._chosen_by = values["choices"], values["chosen_by"]
 
 
-def _accumulate(
-    sections: Sequence[Section], rows_of_section: Mapping[int, np.ndarray], shift_x: np.ndarray, shift_y: np.ndarray
-) -> _Moments:
-    d, genes = len(shift_x), len(shift_y)
-    sums = _Moments(0, np.zeros(d), np.zeros(genes), np.zeros((d, d)), np.zeros((d, genes)))
+def _frame(sections: Sequence[Section]) -> _Frame:
+    n = sum(section.n_obs for section in sections)
+    first = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
+    d, total, square, level = len(first), 0.0, 0.0, 0.0
+    for section in sections:
+        targets = section.require_targets()
+        for rows in row_blocks(section.n_obs, _READ_ROWS):
+            x = read_features(section, rows) - first  # shifted, so that the sum of squares does not cancel
+            total, square = total + x.sum(axis=0), square + (x * x).sum(axis=0)
+            level = level + targets[rows].sum(axis=0, dtype=np.float64)
+    variance = square / n - (total / n) ** 2
+    varies = variance > 1e-10 * np.maximum(square / n, 1e-30)
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+    frame = _Frame(first + total / n, scale, np.asarray(level / n), None)
+    if n < d:  # the rows fit where the Gram matrix of the features would have to
+        frame.basis = _span(np.concatenate([frame(read_features(section)) for section in sections]))
+    return frame
+
+
+def _span(rows: np.ndarray) -> np.ndarray:
+    """Orthonormal basis of the row space, (d, r), from the small Gram matrix of the rows."""
+    from scipy.linalg import eigh
+
+    values, vectors = eigh(rows @ rows.T, check_finite=False)
+    kept = values > 1e-10 * max(values[-1], 1e-30)
+    return rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+
+
+def _accumulate(sections: Sequence[Section], rows_of_section: Mapping[int, np.ndarray], frame: _Frame) -> _Moments:
+    width, genes = frame.width, len(frame.level)
+    sums = _Moments(0, np.zeros(width), np.zeros(genes), np.zeros((width, width)), np.zeros((width, genes)))
     for index, rows in rows_of_section.items():
         targets = sections[index].require_targets()
         for block in row_blocks(len(rows), _READ_ROWS):
-            x = read_features(sections[index], rows[block]) - shift_x
-            y = targets[rows[block]] - shift_y
+            x = frame(read_features(sections[index], rows[block]))
+            y = targets[rows[block]] - frame.level
             sums.n += len(x)
             sums.x += x.sum(axis=0)
             sums.y += y.sum(axis=0)
@@ -212,41 +254,32 @@ def _decompose(sums: _Moments) -> _Spectrum:
     from scipy.linalg import eigh
 
     centre, level = sums.x / sums.n, sums.y / sums.n
-    covariance = sums.xx / sums.n - np.outer(centre, centre)
-    variance = np.diag(covariance).copy()
-    varies = variance > 1e-10 * np.maximum(np.diag(sums.xx) / sums.n, 1e-30)
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    covariance *= scale[:, None] * scale
-    values, axes = eigh(covariance, overwrite_a=True, check_finite=False)
+    values, axes = eigh(sums.xx / sums.n - np.outer(centre, centre), overwrite_a=True, check_finite=False)
     axes, values = axes[:, ::-1], np.maximum(values[::-1], 0.0)
-    cross = (sums.xy / sums.n - np.outer(centre, level)) * scale[:, None]
-    return _Spectrum(centre, scale, level, axes, values, axes.T @ cross)
+    return _Spectrum(centre, level, axes, values, axes.T @ (sums.xy / sums.n - np.outer(centre, level)))
 
 
-def _solve(spectrum: _Spectrum, size: int | None, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (d, G) and intercept (G,) for features in shifted units."""
+def _solve(spectrum: _Spectrum, size: int | None, penalty: float) -> np.ndarray:
+    """Weights of the coordinates, (r, G)."""
     used = slice(None) if size is None else slice(size)
-    along = spectrum.along[used] / (spectrum.values[used] + penalty)[:, None]
-    weights = spectrum.scale[:, None] * (spectrum.axes[:, used] @ along)
-    return weights, spectrum.level - spectrum.centre @ weights
+    return spectrum.axes[:, used] @ (spectrum.along[used] / (spectrum.values[used] + penalty)[:, None])
 
 
 def _score(
     sections: Sequence[Section],
     held_out: Mapping[int, np.ndarray],
+    frame: _Frame,
     spectrum: _Spectrum,
-    shift_x: np.ndarray,
     candidates: Sequence[tuple[int | None, float]],
     score_rows: int,
 ) -> np.ndarray:
     """Mean Pearson r of every candidate in every held-out section, (sections, candidates)."""
-    d = len(shift_x)
-    sizes = sorted({d if size is None else size for size, _ in candidates})
+    width = len(spectrum.values)
+    sizes = sorted({width if size is None else min(size, width) for size, _ in candidates})
     scores = np.full((len(held_out), len(candidates)), np.nan)
     for row, (index, held) in enumerate(held_out.items()):
         held = held[np.linspace(0, len(held) - 1, min(len(held), score_rows)).astype(np.int64)]
-        x = (read_features(sections[index], held) - shift_x - spectrum.centre) * spectrum.scale
-        position = (x @ spectrum.axes).astype(np.float32)
+        position = ((frame(read_features(sections[index], held)) - spectrum.centre) @ spectrum.axes).astype(np.float32)
         measured = sections[index].require_targets()[held]
         found: dict[tuple[int, float], float] = {}
         for penalty in {penalty for _, penalty in candidates}:
@@ -256,7 +289,7 @@ def _score(
                 predicted += position[:, start:stop] @ along[start:stop]
                 r = gene_correlation(measured, predicted)
                 found[stop, penalty] = float(np.nanmean(r)) if np.isfinite(r).any() else float("nan")
-        scores[row] = [found[d if size is None else size, penalty] for size, penalty in candidates]
+        scores[row] = [found[width if size is None else min(size, width), penalty] for size, penalty in candidates]
     return scores
 
 
