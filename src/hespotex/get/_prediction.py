@@ -53,9 +53,9 @@ def prediction(
     Examples
     --------
     >>> import hespotex as hx
-    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> sdata = hx.datasets.synthetic(size_px=1600)
     >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
-    >>> model = hx.tl.train(sdata, "ridge", n_top_genes=20)
+    >>> model = hx.tl.train(sdata, "ridge", genes=sdata["table"].var_names[:20])
     >>> hx.tl.predict(sdata, model)
     >>> hx.get.prediction(sdata, "ridge").layers["measured"].shape == hx.get.prediction(sdata, "ridge").shape
     True

@@ -109,9 +109,9 @@ def predict(
     Examples
     --------
     >>> import hespotex as hx
-    >>> train, test = hx.datasets.synthetic(n_patients=2, n_spots=60, size_px=1200)
+    >>> train, test = hx.datasets.synthetic(n_patients=2, size_px=1600)
     >>> hx.pp.embed(train, "morphology", progress_bar=False)
-    >>> model = hx.tl.train(train, "ridge", n_top_genes=20)
+    >>> model = hx.tl.train(train, "ridge", genes=train["table"].var_names[:20])
     >>> hx.tl.predict(test, model)
     >>> hx.get.prediction(test, "ridge").n_vars
     20
@@ -348,7 +348,7 @@ def _predict_one(
     name = table.key
     if own_table:
         name = Keys.prediction_table(key, table.regions[0])
-        adata = _new_table(table, recipe.genes)
+        adata = _new_table(table, recipe.genes, views)
     missing = [gene for gene in recipe.genes if gene not in adata.var_names]
     if missing and not own_table:
         warnings.warn(
@@ -404,7 +404,7 @@ def _fill(model: Model, views: list[SectionView], n_obs: int, block_rows: int) -
     return arrays
 
 
-def _new_table(table: AnnotatedTable, genes: Sequence[str]) -> AnnData:
+def _new_table(table: AnnotatedTable, genes: Sequence[str], views: list[SectionView]) -> AnnData:
     """An empty table of predictions for the shapes that `table` annotates."""
     import pandas as pd
     from anndata import AnnData
@@ -413,10 +413,13 @@ def _new_table(table: AnnotatedTable, genes: Sequence[str]) -> AnnData:
     source = table.adata
     region, region_key, instance_key = get_table_keys(source)
     obs = source.obs[[region_key, instance_key]].copy()
+    pixels = np.empty((source.n_obs, 2))
+    for view in views:
+        pixels[view.rows] = view.section.extras["pixel"]
     fresh = AnnData(
         obs=obs,
         var=pd.DataFrame(index=pd.Index(list(genes), dtype=object)),
-        obsm={Keys.SPATIAL: source.obsm[Keys.SPATIAL]} if Keys.SPATIAL in source.obsm else {},
+        obsm={Keys.SPATIAL: pixels},
         obsp=dict(source.obsp),
     )
     return TableModel.parse(fresh, region=region, region_key=region_key, instance_key=instance_key)

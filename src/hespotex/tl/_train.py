@@ -106,11 +106,11 @@ def train(
     Examples
     --------
     >>> import hespotex as hx
-    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> sdata = hx.datasets.synthetic(size_px=1600)
     >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
-    >>> model = hx.tl.train(sdata, "ridge", n_top_genes=20)
-    >>> len(model.genes)
-    20
+    >>> model = hx.tl.train(sdata, "ridge", genes=sdata["table"].var_names[:20])
+    >>> model
+    Ridge(20 genes, unit 'log1p_cp10k')
     """
     items = as_list(sdatas)
     if isinstance(model, str):
