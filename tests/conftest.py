@@ -6,12 +6,15 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hespotex as hx
 from hespotex._optional import ensure_torchvision
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which hespotex itself does not do
 os.environ["MPLBACKEND"] = "Agg"
@@ -132,3 +135,40 @@ def golden(data_dir: Path) -> Callable[[str], Any]:
     if not folder.is_dir():
         pytest.skip(f"{data_dir} holds no golden/hespotex")
     return lambda name: np.load(folder / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def _small_section() -> SpatialData:
+    return hx.datasets.synthetic(size_px=800, pitch_um=40.0, diameter_um=40.0, n_genes=60, seed=2)
+
+
+@pytest.fixture
+def section(_small_section: SpatialData) -> SpatialData:
+    """A synthetic section: 800 x 800 px at 0.5 µm/px, 69 spots on a hexagonal lattice, 60 genes; free to be changed."""
+    return fresh(_small_section)
+
+
+@pytest.fixture(scope="session")
+def _small_patients() -> list[SpatialData]:
+    return hx.datasets.synthetic(n_patients=3, size_px=800, pitch_um=40.0, diameter_um=40.0, n_genes=60, seed=3)
+
+
+@pytest.fixture
+def patients(_small_patients: list[SpatialData]) -> list[SpatialData]:
+    """One section each of three synthetic patients, as `section`; free to be changed."""
+    return [fresh(sdata) for sdata in _small_patients]
+
+
+def fresh(sdata: SpatialData) -> SpatialData:
+    """A copy that shares the pixels of the image and nothing else."""
+    from copy import deepcopy
+
+    from spatialdata import SpatialData
+
+    return SpatialData(
+        images={key: image.copy() for key, image in sdata.images.items()},
+        points=dict(sdata.points.items()),
+        shapes={key: shapes.copy() for key, shapes in sdata.shapes.items()},
+        tables={key: table.copy() for key, table in sdata.tables.items()},
+        attrs=deepcopy(sdata.attrs),
+    )

@@ -1,0 +1,55 @@
+"""Small sections as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hespotex.data.section import Section, Targets
+from hespotex.models.nn.graphs import nearest
+
+
+def lattice_section(
+    name: str = "s0",
+    *,
+    side: int = 8,
+    n_features: int = 12,
+    n_genes: int = 6,
+    seed: int = 0,
+    group: str | None = None,
+    unit: str = "log1p_cp10k",
+    noise: float = 0.3,
+) -> Section:
+    """A square lattice whose expression follows its image features, each section with its own stain shift."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(n_features, n_genes))
+    row, column = np.divmod(np.arange(side * side), side)
+    xy = np.column_stack([column, row]) * 200.0
+    edges = nearest(xy, 4, symmetric=False, include_self=False)
+    edges = edges.multiply(edges.T).tocsr()  # at the border, the neighbours beyond the next row do not reciprocate
+    field = rng.normal(size=(side * side, n_features))
+    field = field + edges @ field / 4
+    rate = np.exp(1.5 + 0.4 * np.tanh(field @ mixing) + noise * rng.normal(size=(side * side, n_genes)))
+    counts = rng.poisson(rate * 5)
+    return Section(
+        name=name,
+        ids=np.array([f"{name}-{i}" for i in range(side * side)]),
+        features=(field + rng.normal(size=n_features)).astype(np.float32),
+        coordinates=xy,
+        edges=edges,
+        targets=Targets(counts, 3.0 * counts.sum(axis=1) + 20, tuple(f"gene{i}" for i in range(n_genes)), unit),
+        group=group,
+        extras={
+            "pixel": xy / 0.5 + rng.uniform(0, 20, size=xy.shape),
+            "n_nuclei": rng.poisson(9, side * side).astype(float),
+            "n_nuclei_window": rng.poisson(9, side * side) + 1.0,
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def make_section() -> Callable[..., Section]:
+    """Maker of lattice sections."""
+    return lattice_section
