@@ -31,18 +31,18 @@ __all__ = [
 _NICHE: Final = ("interferon", "invasion", "hypoxia", "proliferation")
 PROGRAMS: Final = ("housekeeping", *CELL_TYPES, *_NICHE, "hidden")
 
-_SHARES: Final = {"housekeeping": 0.28, "types": 0.42, "niche": 0.22, "hidden": 0.08}
+_SHARES: Final = {"housekeeping": 0.20, "types": 0.46, "niche": 0.26, "hidden": 0.08}
 _RNA_CONTENT: Final = {
-    "tumour": 1.5,
-    "epithelium": 1.2,
-    "fibroblast": 0.7,
-    "t_cell": 0.5,
-    "b_cell": 0.55,
-    "adipocyte": 0.8,
+    "tumour": 1.3,
+    "epithelium": 1.3,
+    "fibroblast": 1.9,
+    "t_cell": 0.7,
+    "b_cell": 0.8,
+    "adipocyte": 4.0,
 }
 _CELL_NOISE = 0.35  # log sd of a cell's RNA content
 _SPOT_NOISE = 0.40  # log sd of a spot's efficiency
-_DISPERSION = 0.20  # variance = mean + 0.2 mean²
+_DISPERSION = 0.08  # variance = mean + 0.08 mean²
 _BLEED_UM = 12.0  # how far transcripts wander before they are caught
 _AMBIENT = 0.04
 
@@ -81,12 +81,12 @@ def make_genome(rng: np.random.Generator, n_genes: int) -> Genome:
     program = [name for name, number in zip(order, quota, strict=True) for _ in range(number)]
     names = [f"{name.upper()}{i + 1}" for name, number in zip(order, quota, strict=True) for i in range(number)]
 
-    base = np.exp(rng.normal(0, 1.0, n_genes))
+    base = np.exp(rng.normal(0, 0.8, n_genes))
     programs = np.zeros((len(PROGRAMS), n_genes))
     own = np.array([PROGRAMS.index(name) for name in program])
     is_base = own == 0
     programs[0] = np.where(is_base, base, 0.55 * base)
-    fold = np.exp(rng.normal(0.75, 0.45, n_genes))
+    fold = np.exp(rng.normal(1.6, 0.5, n_genes))
     programs[own[~is_base], np.flatnonzero(~is_base)] += (base * fold)[~is_base]
     # no gene is constant over types
     types = slice(1, 1 + len(CELL_TYPES))

@@ -37,7 +37,7 @@ def synthetic(
     pitch_um: float | None = None,
     diameter_um: float | None = None,
     n_genes: int = 200,
-    depth: float = 2000.0,
+    depth: float = 4000.0,
     stain_shift: float = 1.0,
     patient_shift: float = 1.0,
     with_expression: bool = True,
@@ -239,7 +239,7 @@ def _mixture(rng: np.random.Generator, shift: float) -> dict[str, float]:
         "tumour": 0.25 + 0.22 * shift * rng.normal(),
         "adipose": 1.25 + 0.20 * shift * rng.normal(),
         "immune": 1.70 + 0.25 * shift * rng.normal(),
-        "glands": 6.0 * float(np.exp(0.5 * shift * rng.normal())),
+        "glands": 14.0 * float(np.exp(0.5 * shift * rng.normal())),
     }
 
 
@@ -303,6 +303,8 @@ def _measure(
 def _points(xy: np.ndarray, cell_type: np.ndarray, active: np.ndarray, programs: tuple[str, ...]) -> pd.DataFrame:
     import pandas as pd
 
-    columns: dict[str, Any] = {"x": xy[:, 0], "y": xy[:, 1], "cell_type": pd.Categorical(cell_type)}
+    from ._tissue import CELL_TYPES
+
+    columns: dict[str, Any] = {"x": xy[:, 0], "y": xy[:, 1], "cell_type": pd.Categorical(cell_type, CELL_TYPES)}
     columns |= {f"{_PREFIX}{name}": active[:, k].astype(np.float32) for k, name in enumerate(programs)}
     return pd.DataFrame(columns)

@@ -224,7 +224,7 @@ def place_cells(rng: np.random.Generator, tissue: Tissue) -> Cells:
     look = np.concatenate([np.full(len(xy), list(_NUCLEI).index(name)) for name, xy in placed])
     xy = np.concatenate([xy for _, xy in placed])
     # earlier types win where two nuclei would lie on each other
-    radius = np.array([min(nucleus.length_um, 9.0) for nucleus in _NUCLEI.values()])[look] / 2
+    radius = np.array([(nucleus.length_um + nucleus.width_um) / 4 for nucleus in _NUCLEI.values()])[look]
     pairs = cKDTree(xy).query_pairs(8.0, output_type="ndarray")
     close = np.linalg.norm(xy[pairs[:, 0]] - xy[pairs[:, 1]], axis=1) < 0.8 * radius[pairs].sum(axis=1)
     kept = np.ones(len(xy), dtype=bool)

@@ -223,6 +223,10 @@ def _open_tiff(path: Path) -> Picture:
         axes = _check_tiff(series, path.name)
         mpp = _sane(stated_mpp(tiff), path.name)
         page = series.keyframe
+        # a truncated file still opens; the missing tiles would be met much later
+        ends = [offset + length for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        if max(ends, default=0) > path.stat().st_size:
+            raise ImageFormatError(f"image: {path.name!r} is truncated; copy or download it again")
         samples = series.shape[series.axes.index(axes.strip("YX"))]
         if page.is_tiled and max(page.tilelength, page.tilewidth) <= _LARGEST_TILE and samples == 3:
             levels = _lazy_levels(path, tiff, series, axes)
