@@ -38,6 +38,7 @@ __all__ = [
     "check_on_image",
     "find_image_key",
     "image_transformations",
+    "is_microns",
     "level0_shape",
     "pixel_maps",
     "resolve_slide",
@@ -219,8 +220,8 @@ def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> float:
     return float(np.median(radius) * np.sqrt(abs(np.linalg.det(linear))) * slide.mpp)
 
 
-def find_image_key(sdata: SpatialData, image_key: str | None = None) -> str:
-    """The image that is meant: the one named, or the only one.
+def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_key: str | None = None) -> str:
+    """The image that is meant: the one named, the only one, or the only one that `shapes_key` lies on.
 
     Raises
     ------
@@ -236,11 +237,20 @@ def find_image_key(sdata: SpatialData, image_key: str | None = None) -> str:
         return image_key
     if not there:
         raise MissingKeyError("the object holds no image; add the H&E to sdata.images or read it with hx.io")
+    if len(there) > 1 and shapes_key is not None:
+        systems = set(_transformations(_shapes(sdata, shapes_key)))
+        connected = [name for name in there if systems & set(_transformations(sdata.images[name]))]
+        there = connected or there
     if len(there) > 1:
         full = [name for name in there if name.endswith("_full_image")]
         advice = f"; the full-resolution one is image_key={full[0]!r}" if len(full) == 1 else ""
         raise AmbiguousKeyError(f"there are several images, name one with image_key=: {there}{advice}")
     return there[0]
+
+
+def is_microns(coordinate_system: str) -> bool:
+    """Whether a coordinate system is ours in µm; ``spatialdata.concatenate`` adds ``-<section>`` to its name."""
+    return coordinate_system == Keys.MICRONS or coordinate_system.startswith(f"{Keys.MICRONS}-")
 
 
 def level0_shape(sdata: SpatialData, image_key: str) -> tuple[int, int]:
@@ -252,7 +262,7 @@ def level0_shape(sdata: SpatialData, image_key: str) -> tuple[int, int]:
 def shape_positions(sdata: SpatialData, shapes_key: str) -> tuple[np.ndarray, str]:
     """Centres (n, 2) of the shapes without any image, and the coordinate system they are given in.
 
-    That is ``"microns"`` where the shapes are in it, else ``"global"`` or the first of their systems.
+    That is the one in µm where the shapes are in it, else ``"global"`` or the first of their systems.
     """
     shapes = _shapes(sdata, shapes_key)
     systems = _transformations(shapes)
@@ -332,7 +342,7 @@ def _matrix(transformation: BaseTransformation) -> np.ndarray:
 
 def _preference(system: str) -> tuple[bool, bool, str]:
     """Order in which coordinate systems are tried; any that two elements share would do."""
-    return system != Keys.MICRONS, system != "global", system
+    return not is_microns(system), system != "global", system
 
 
 def _apply(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
@@ -357,6 +367,9 @@ def _to_microns(sdata: SpatialData, key: str, coordinate_system: str, *, require
     known = _transformations(sdata.images[key])
     if coordinate_system in known:
         return _matrix(known[coordinate_system])
+    suffixed = [name for name in known if is_microns(name)]
+    if not required and len(suffixed) == 1:
+        return _matrix(known[suffixed[0]])
     if required:
         raise MissingKeyError(f"image {key!r} is not in coordinate_system={coordinate_system!r}, but in {list(known)}")
     return None

@@ -176,14 +176,10 @@ class QuiltNet(OpenClipEncoder):
         if not QuiltNet._licence_shown:
             logger.warning("quiltnet: %s", self.info.licence)
             QuiltNet._licence_shown = True
-        super().__init__("ViT-B-32", weights, **options)
-
-    def _find(
-        self, weights: str | Path | None, revision: str | None, name: str | None, sha256: str | None
-    ) -> str | Path:
+        sha256 = options.get("weights_sha256")
         if weights is None and (sha256 is None or recall(sha256) is None):
             weights = self.hub_id
-        return super()._find(weights, revision, name, sha256)
+        super().__init__("ViT-B-32", weights, **options)
 
 
 def _download(hub_id: str, revision: str | None, encoder: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from .._keys import Keys, sanitize
 from .._logging import logger
 from .._settings import settings
-from ..data.geometry import Slide, check_on_image, resolve_slide, shape_centres, shape_radius
+from ..data.geometry import Slide, check_on_image, find_image_key, resolve_slide, shape_centres, shape_radius
 from ..data.partial import PartialRows
 from ..data.provenance import digest, read_record, record
 from ..data.tables import AnnotatedTable, mark_table, resolve_shapes_key, resolve_table, row_positions, table_role
@@ -54,8 +54,8 @@ def embed(
     encoder
         Name in the registry (:func:`hespotex.encoders.available`) or an encoder.
     image_key
-        Name in ``sdata.images``; may be left out where there is only one. Where a table annotates several regions,
-        each with its own image: ``{shapes: image}``.
+        Name in ``sdata.images``; may be left out where shapes lie on only one. Where a table annotates several
+        regions, each with its own image: ``{shapes: image}``.
     shapes_key
         The shapes to embed; by default those that the one table annotates, else ``"tiles"``.
     table_key
@@ -204,7 +204,7 @@ def _places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[
     places = []
     for name in table.regions:
         own = image_key[name] if isinstance(image_key, Mapping) else image_key
-        slide = resolve_slide(sdata, image_key=own)
+        slide = resolve_slide(sdata, image_key=find_image_key(sdata, own, shapes_key=name))
         rows, positions = row_positions(sdata, table, name)
         centres = shape_centres(sdata, name, slide)[positions]
         check_on_image(slide, centres, f"shapes of {name!r}")

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from .._keys import Keys
 from .._logging import logger
-from ..data.geometry import shape_positions
+from ..data.geometry import is_microns, shape_positions
 from ..data.lattice import detect_lattice
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table, row_positions
@@ -148,7 +148,7 @@ def _coordinates(data: Any, table: AnnotatedTable, spatial_key: str) -> tuple[np
             xy, system = shape_positions(data, name)
             coordinates[rows] = xy[positions]
             systems.add(system)
-        unit = "um" if systems == {Keys.MICRONS} else "stored"
+        unit = "um" if all(map(is_microns, systems)) else "stored"
     if not np.isfinite(coordinates).all():
         raise DataValueError(f"{int((~np.isfinite(coordinates)).any(axis=1).sum())} observations have no coordinates")
     return coordinates, unit

@@ -1,0 +1,158 @@
+"""Tests on a ViT of two narrow layers in open_clip's own file layout: the real one weighs 0.6 GB."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+import hespotex as hx
+from hespotex.encoders.open_clip import QuiltNet
+from hespotex.errors import CheckpointError, DataValueError, MissingWeightsError
+
+torch = pytest.importorskip("torch")
+open_clip = pytest.importorskip("open_clip")
+safetensors = pytest.importorskip("safetensors.torch")
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "tiny-vit.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(folder / "tiny-vit.json")
+    torch.manual_seed(0)
+    path = folder / "open_clip_model.safetensors"
+    safetensors.save_file(open_clip.create_model("tiny-vit").state_dict(), path)
+    torch.save(safetensors.load_file(path), folder / "open_clip_pytorch_model.bin")
+    return path
+
+
+@pytest.fixture
+def tiles():
+    return np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+
+
+def make(weights, **options):
+    return hx.encoders.create("open_clip:tiny-vit", weights=weights, **options)
+
+
+def published(weights, tiles, *, quick_gelu=False, raw=False) -> np.ndarray:
+    """Image features by open_clip's own call, of unit length."""
+    model = open_clip.create_model("tiny-vit", pretrained=str(weights), force_quick_gelu=quick_gelu).eval()
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()
+    if not raw:
+        x = (x / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        return model.encode_image(x, normalize=True).numpy()
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("raw", [False, True])
+def test_features_are_those_of_open_clip(weights, tiles, quick_gelu, raw):
+    features = make(weights, quick_gelu=quick_gelu, raw_pixels=raw).encode(tiles, "cpu")
+    np.testing.assert_allclose(features, published(weights, tiles, quick_gelu=quick_gelu, raw=raw), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+
+
+def test_preprocessing_is_that_of_open_clip(weights, plain_section):
+    """From the slide: the same numbers as open_clip's own transform of the cut-out."""
+    from PIL import Image
+
+    from hespotex.data.geometry import resolve_slide
+
+    sdata = plain_section()
+    image = np.asarray(sdata["image"]).transpose(1, 2, 0)
+    model, _, transform = open_clip.create_model_and_transforms("tiny-vit", pretrained=str(weights))
+    with torch.no_grad():
+        expected = (
+            model.eval().encode_image(transform(Image.fromarray(image[200:300, 100:200]))[None], normalize=True).numpy()
+        )
+    encoder = make(weights, tile_um=50)
+    (_, features), *_ = encoder.embed(
+        resolve_slide(sdata), np.array([[150.0, 250.0]]), batch_size=1, device="cpu", progress_bar=False
+    )
+    cosine = float((features * expected).sum())
+    assert cosine > 0.999
+
+
+def test_switches_change_the_features_and_the_parameters(weights, tiles):
+    encoders = [
+        make(weights),
+        make(weights, quick_gelu=True),
+        make(weights, raw_pixels=True),
+        make(weights, normalize=False),
+    ]
+    features = [encoder.encode(tiles, "cpu") for encoder in encoders]
+    assert all(np.abs(features[0] - other).max() > 1e-4 for other in features[1:])
+    assert len({json.dumps(encoder.params(), sort_keys=True) for encoder in encoders}) == 4
+    again = hx.encoders.create(**encoders[1].params())
+    np.testing.assert_array_equal(again.encode(tiles, "cpu"), features[1])
+
+
+def test_both_file_formats(weights, tiles):
+    other = weights.with_name("open_clip_pytorch_model.bin")
+    np.testing.assert_array_equal(make(weights).encode(tiles, "cpu"), make(other).encode(tiles, "cpu"))
+
+
+def test_weights_that_do_not_fit(weights, tmp_path):
+    with pytest.raises(MissingWeightsError, match="hf-hub"):
+        make(None)
+    state = safetensors.load_file(weights)
+    state["visual.proj"] = state["visual.proj"][:, :8].contiguous()
+    safetensors.save_file(state, tmp_path / "narrow.safetensors")
+    with pytest.raises(CheckpointError, match="size mismatch for proj"):
+        make(tmp_path / "narrow.safetensors")
+    safetensors.save_file({"text.weight": torch.zeros(1)}, tmp_path / "text.safetensors")
+    with pytest.raises(CheckpointError, match="Missing key"):
+        make(tmp_path / "text.safetensors")
+    with pytest.raises(DataValueError, match="ViT-B-32"):
+        hx.encoders.create("open_clip:vit-b-32", weights=weights)
+
+
+@pytest.fixture
+def tiny_quiltnet(monkeypatch):
+    """QuiltNet with the tiny architecture in place of ViT-B-32."""
+    original = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda name, **options: original("tiny-vit", **options))
+
+
+def test_quiltnet_takes_a_local_file_and_states_its_licence_once(weights, tiny_quiltnet, monkeypatch, caplog):
+    monkeypatch.setattr(QuiltNet, "_licence_shown", False)
+    with caplog.at_level(logging.WARNING, logger="hespotex"):
+        encoder = hx.encoders.create("quiltnet", weights=weights)
+        hx.encoders.create("quiltnet", weights=weights)
+    assert sum("quiltnet" in message for message in caplog.messages) == 1
+    assert encoder.name == "quiltnet"
+    assert encoder.tile_um == 100
+    assert hx.encoders.create(**encoder.params()).params() == encoder.params()
+
+
+def test_quiltnet_is_taken_from_the_hubs_cache(weights, tiny_quiltnet, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, filename, revision=None):
+        asked.append((repository, filename, revision))
+        return str(weights)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    encoder = hx.encoders.create("quiltnet", revision="abc")
+    assert asked == [("wisdomik/QuiltNet-B-32", "open_clip_model.safetensors", "abc")]
+    assert encoder.params()["weights_name"] == "hf-hub:wisdomik/QuiltNet-B-32"
+
+
+def test_quiltnet_offline_says_what_to_do(monkeypatch, tmp_path):
+    with hx.settings.override(cache_dir=tmp_path), pytest.raises(MissingWeightsError) as caught:
+        hx.encoders.create("quiltnet")
+    for advice in ("huggingface.co/wisdomik/QuiltNet-B-32", "hf auth login", "weights='<file>'"):
+        assert advice in str(caught.value)
