@@ -6,6 +6,7 @@ from ._detect_tissue import detect_tissue
 from ._embed import embed
 from ._make_tiles import make_tiles
 from ._normalize_counts import normalize_counts
+from ._segment_nuclei import segment_nuclei
 from ._select_genes import select_genes
 from ._set_scale import set_scale
 from ._spatial_graph import spatial_graph
@@ -15,6 +16,7 @@ __all__ = [
     "embed",
     "make_tiles",
     "normalize_counts",
+    "segment_nuclei",
     "select_genes",
     "set_scale",
     "spatial_graph",

@@ -1,0 +1,100 @@
+"""How nuclei and their surroundings look in an image: what a threshold in one block must know of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..image.color import optical_density
+
+__all__ = ["Appearance", "estimate_appearance", "nuclear_density", "otsu"]
+
+WHITE_PERCENTILE = 90.0
+TOP_PERCENTILE = 95.0
+MIN_CONTRAST = 0.08  # optical density between nuclei and the rest; shading, JPEG blocks and printed spots stay below
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Optical densities in red.
+
+    Attributes
+    ----------
+    white
+        Red value of the lightest surroundings.
+    background
+        Density of what is not a nucleus (median).
+    threshold
+        Density that best parts nuclei from the rest (Otsu's).
+    top
+        Density that few nuclear pixels exceed.
+    """
+
+    white: float
+    background: float
+    threshold: float
+    top: float
+
+    @property
+    def has_nuclei(self) -> bool:
+        """Whether anything is dark enough to be one."""
+        return self.top - self.background >= MIN_CONTRAST
+
+
+def nuclear_density(rgb: np.ndarray, white: float) -> np.ndarray:
+    """Amount of nuclear dye in each pixel of an (h, w, 3) uint8 image, (h, w) float32.
+
+    It is the optical density of the red channel, in which eosin hardly absorbs (7 % of its density against
+    haematoxylin's 65 %). Unmixing all three channels removes that rest, but adds the noise and the colour error of
+    green and blue: on stained nuclei with outlines by experts it costs 0.03 of F1.
+    """
+    return np.take(_density_table(white), rgb[..., 0])
+
+
+def _density_table(white: float) -> np.ndarray:
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    return optical_density(grey, white=white)[:, 0]
+
+
+def estimate_appearance(rgb: np.ndarray) -> Appearance:
+    """Appearance of nuclei in pixels that hold some, (..., 3) uint8; glass is welcome, as long as it does not prevail.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> estimate_appearance(np.full((8, 8, 3), 240, np.uint8)).has_nuclei
+    False
+    """
+    red = rgb[..., 0].ravel()
+    counts = np.bincount(red, minlength=256).astype(np.float64)
+    white = float(_percentile(counts, np.arange(256.0), WHITE_PERCENTILE))
+    density = _density_table(max(white, 1.0))
+    # From here on along rising density.
+    order = np.argsort(density, kind="stable")
+    counts, density = counts[order], density[order].astype(np.float64)
+    threshold = otsu(counts, density)
+    below = density <= threshold
+    background = _percentile(counts[below], density[below], 50)
+    top = _percentile(counts[~below], density[~below], TOP_PERCENTILE) if counts[~below].any() else threshold
+    return Appearance(max(white, 1.0), float(background), float(threshold), float(top))
+
+
+def _percentile(counts: np.ndarray, values: np.ndarray, q: float) -> float:
+    total = np.cumsum(counts)
+    return float(values[np.searchsorted(total, q / 100 * total[-1])])
+
+
+def otsu(counts: np.ndarray, values: np.ndarray) -> float:
+    """Threshold that leaves the least variance within both classes, by the table of values and their counts."""
+    n = np.cumsum(counts)
+    mass = np.cumsum(counts * values)
+    low, high = n[:-1], n[-1] - n[:-1]
+    both = (low > 0) & (high > 0)
+    if not both.any():
+        return float(values[-1])
+    gap = mass[:-1] / np.maximum(low, 1) - (mass[-1] - mass[:-1]) / np.maximum(high, 1)
+    between = np.where(both, low * high * gap**2, -1.0)
+    # Empty values leave a plateau: its middle is as far from either class as can be.
+    ties = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return float((values[ties[0]] + values[ties[-1] + 1]) / 2)
