@@ -13,7 +13,7 @@ __all__ = ["Stain", "paint"]
 
 _HEMATOXYLIN: Final = (0.59, 0.73, 0.35)
 _EOSIN: Final = (0.12, 0.90, 0.40)
-_TILE: Final = 1024  # side of the noise that is repeated over the image
+_TILE: Final = 1024  # longest side of the noise that is repeated over the image
 _ORIENTATIONS: Final = 6
 _ROWS: Final = 256  # rows mixed at a time
 _GROUND_MPP: Final = 1.0  # fibres and cytoplasm hold nothing finer
@@ -100,10 +100,11 @@ def paint(
 class _Grain:
     """Repeated tiles of noise: fine enough that the repetition is not seen."""
 
-    def __init__(self, rng: np.random.Generator, mpp: float) -> None:
-        self._noise = np.fft.rfft2(rng.standard_normal((_TILE, _TILE), dtype=np.float32))
-        self._fy = np.fft.fftfreq(_TILE)[:, None] / mpp  # cycles per µm
-        self._fx = np.fft.rfftfreq(_TILE)[None, :] / mpp
+    def __init__(self, rng: np.random.Generator, mpp: float, shape: tuple[int, int]) -> None:
+        self.side = min(_TILE, 1 << (max(shape) - 1).bit_length())
+        self._noise = np.fft.rfft2(rng.standard_normal((self.side, self.side), dtype=np.float32))
+        self._fy = np.fft.fftfreq(self.side)[:, None] / mpp  # cycles per µm
+        self._fx = np.fft.rfftfreq(self.side)[None, :] / mpp
 
     def isotropic(self, scale_um: float) -> np.ndarray:
         """Unit-variance noise with that correlation length."""
@@ -116,14 +117,15 @@ class _Grain:
         return self._filtered((along * length_um) ** 2 + (across * width_um) ** 2)
 
     def _filtered(self, exponent: np.ndarray) -> np.ndarray:
-        tile = np.fft.irfft2(self._noise * np.exp(-2 * np.pi**2 * exponent), s=(_TILE, _TILE)).astype(np.float32)
+        tile = np.fft.irfft2(self._noise * np.exp(-2 * np.pi**2 * exponent), s=(self.side, self.side)).astype(np.float32)
         return tile / tile.std()
 
 
 def _spread(tile: np.ndarray, rows: slice, width: int) -> np.ndarray:
     """Rows of the plane that is covered with a tile."""
-    taken = tile[np.arange(rows.start, rows.stop) % _TILE]
-    return np.tile(taken, (1, -(-width // _TILE)))[:, :width]
+    side = len(tile)
+    taken = tile[np.arange(rows.start, rows.stop) % side]
+    return np.tile(taken, (1, -(-width // side)))[:, :width]
 
 
 class _Stretch:
@@ -162,7 +164,7 @@ def _ground(
     """Eosin and hematoxylin of everything but nuclei: fibres, cytoplasm, clefts, lumens, glass."""
     from scipy.ndimage import gaussian_filter
 
-    grain = _Grain(rng, mpp)
+    grain = _Grain(rng, mpp, shape)
     grid = tissue.region.shape
     stretch = _Stretch(shape, mpp, grid)
     soften = {"sigma": 0.5}
@@ -241,7 +243,8 @@ def _paint_nuclei(
     rng: np.random.Generator, cells: Cells, hematoxylin: np.ndarray, eosin: np.ndarray, mpp: float
 ) -> None:
     """Lay down all nuclei, pixel offset by pixel offset: at one offset no two nuclei meet in a pixel."""
-    chromatin = _Grain(rng, mpp).isotropic(0.55)
+    chromatin = _Grain(rng, mpp, hematoxylin.shape).isotropic(0.55)
+    side = len(chromatin)
     height, width = hematoxylin.shape
     centre = np.floor(cells.xy_um / mpp).astype(np.intp)
     _, first = np.unique(centre[:, 1] * width + centre[:, 0], return_index=True)
@@ -276,7 +279,7 @@ def _paint_nuclei(
             safe = np.maximum(rho, 1e-3)
             edge = 1 + bump[0, hit] * (u**3 - 3 * u * v * v) / safe**3 + bump[1, hit] * (u * u - v * v) / safe**2
             alpha = np.clip((edge - rho) * half[hit, 1] + 0.5, 0, 1)
-            speckle = chromatin[py[hit] % _TILE, px[hit] % _TILE]
+            speckle = chromatin[py[hit] % side, px[hit] % side]
             rim = np.clip((rho / edge) ** 4, 0, 1)
             density = stain[hit] * (0.86 + 0.28 * rim + texture[hit] * 0.55 * speckle)
             spot = (u - nucleolus[0, hit]) ** 2 + (v - nucleolus[1, hit]) ** 2

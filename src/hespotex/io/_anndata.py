@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ._assemble import build_section
 from ._image import Picture, check_positive, open_picture
-from ._names import Duplicates, check_duplicates, unique_anndata
+from ._names import Duplicates, check_duplicates, shorten, unique_anndata
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -151,6 +151,9 @@ def section_from_anndata(
     xy = np.asarray(adata.obsm[Keys.SPATIAL], dtype=np.float64)[:, :2]
     if xy.shape[1] != 2:
         raise GeometryError(f"adata.obsm['spatial'] has shape {xy.shape}; (spots, 2) is needed")
+    if not np.isfinite(xy).all():
+        lost = adata.obs_names[~np.isfinite(xy).all(axis=1)]
+        raise GeometryError(f"adata.obsm['spatial'] holds no position for {shorten(lost, 3)}; leave these spots out")
 
     shrink = _preview(xy, picture, scales)
     xy = xy * shrink
