@@ -173,10 +173,12 @@ def _per_section(table: pd.DataFrame, metrics: Sequence[str], keys: list[str]) -
 
 
 def _check_patients(n_patients: pd.Series) -> None:
-    if len(n_patients) and int(n_patients.min()) < MIN_PATIENTS:
+    few = n_patients[n_patients < MIN_PATIENTS]
+    if len(few):
+        names = ", ".join(" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in few.index)
         warnings.warn(
-            f"the cohort mean rests on {int(n_patients.min())} patient(s); below {MIN_PATIENTS} it says nothing about other "
-            "patients",
+            f"the cohort mean of {names} rests on {int(few.min())} patient(s); below {MIN_PATIENTS} it says nothing about "
+            "other patients",
             HespotexWarning,
             stacklevel=3,
         )
