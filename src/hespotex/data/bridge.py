@@ -24,9 +24,8 @@ from ..errors import (
     ScaleError,
 )
 from .counts import check_counts
-from .geometry import resolve_slide
 from .section import Section, Targets
-from .tables import AnnotatedTable, resolve_table, table_centres
+from .tables import AnnotatedTable, resolve_slides, resolve_table, table_centres
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -295,9 +294,8 @@ def _coordinates(
     from anndata import AnnData
 
     if not isinstance(data, AnnData):
-        slide = resolve_slide(data, image_key=image_key)
-        pixels = table_centres(data, table, slide)
-        return slide.microns(pixels), pixels
+        slides = resolve_slides(data, table, image_key)
+        return table_centres(data, table, slides, microns=True), table_centres(data, table, slides)
     if Keys.SPATIAL not in data.obsm:
         raise MissingKeyError(f"the AnnData has no obsm[{Keys.SPATIAL!r}] with the positions of its observations")
     pixels = np.asarray(data.obsm[Keys.SPATIAL], dtype=np.float64)[:, :2]

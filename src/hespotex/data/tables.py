@@ -22,6 +22,7 @@ __all__ = [
     "is_derived",
     "mark_table",
     "resolve_shapes_key",
+    "resolve_slides",
     "resolve_table",
     "row_positions",
     "table_centres",
@@ -185,6 +186,36 @@ def table_centres(
         pixels = shape_centres(sdata, name, own)[positions]
         centres[rows] = own.microns(pixels) if microns else pixels
     return centres
+
+
+def resolve_slides(
+    sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None = None
+) -> dict[str, Slide]:
+    """The slide under each of the table's regions.
+
+    Parameters
+    ----------
+    sdata
+        Object that holds images and shapes.
+    table
+        As :func:`resolve_table` gives it.
+    image_key
+        The image, or one for each region; by default the only one that shares a coordinate system with the region.
+
+    Raises
+    ------
+    MissingKeyError, AmbiguousKeyError
+        If a region lies on no image, or on several.
+    """
+    from .geometry import find_image_key, resolve_slide
+
+    if isinstance(image_key, Mapping) and (absent := [name for name in table.regions if name not in image_key]):
+        raise MissingKeyError(f"image_key= names no image for {absent}, which the table annotates, too")
+    slides: dict[str, Slide] = {}
+    for name in table.regions:
+        own = image_key[name] if isinstance(image_key, Mapping) else image_key
+        slides[name] = resolve_slide(sdata, image_key=find_image_key(sdata, own, shapes_key=name))
+    return slides
 
 
 def _of_anndata(adata: AnnData) -> AnnotatedTable:

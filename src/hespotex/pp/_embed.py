@@ -11,10 +11,18 @@ import numpy as np
 from .._keys import Keys, sanitize
 from .._logging import logger
 from .._settings import settings
-from ..data.geometry import Slide, check_on_image, find_image_key, resolve_slide, shape_centres, shape_radius
+from ..data.geometry import Slide, check_on_image, shape_centres, shape_radius
 from ..data.partial import PartialRows
 from ..data.provenance import digest, read_record, record
-from ..data.tables import AnnotatedTable, mark_table, resolve_shapes_key, resolve_table, row_positions, table_role
+from ..data.tables import (
+    AnnotatedTable,
+    mark_table,
+    resolve_shapes_key,
+    resolve_slides,
+    resolve_table,
+    row_positions,
+    table_role,
+)
 from ..encoders import Encoder, create
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
 from ..image.fingerprint import fingerprint
@@ -199,12 +207,8 @@ def _new_table(sdata: SpatialData, shapes_key: str) -> AnnotatedTable:
 
 
 def _places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None) -> list[_Place]:
-    if isinstance(image_key, Mapping) and (absent := [name for name in table.regions if name not in image_key]):
-        raise MissingKeyError(f"image_key= names no image for {absent}, which the table annotates, too")
     places = []
-    for name in table.regions:
-        own = image_key[name] if isinstance(image_key, Mapping) else image_key
-        slide = resolve_slide(sdata, image_key=find_image_key(sdata, own, shapes_key=name))
+    for name, slide in resolve_slides(sdata, table, image_key).items():
         rows, positions = row_positions(sdata, table, name)
         centres = shape_centres(sdata, name, slide)[positions]
         check_on_image(slide, centres, f"shapes of {name!r}")
@@ -306,7 +310,7 @@ def _write(
         mpp=encoder.mpp,
         tile_um=encoder.tile_um,
         images={sanitize(place.shapes_key): place.slide.key for place in places},
-        image_mpp=[place.slide.mpp for place in places],
+        slide_mpp=float(np.median([place.slide.mpp for place in places])),
         spot_radius_um=_spot_radius(sdata, places),
         identity=identity,
     )
