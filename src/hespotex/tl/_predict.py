@@ -177,9 +177,9 @@ def _shallow_copy(data: SpatialData | AnnData) -> SpatialData | AnnData:
     def own(adata: AnnData) -> AnnData:
         mappings = {name: dict(getattr(adata, name)) for name in ("obsm", "varm", "obsp", "varp")}
         layers = {name: value for name, value in adata.layers.items() if name is not None}
-        return AnnData(
-            X=adata.X, obs=adata.obs.copy(), var=adata.var.copy(), uns=dict(adata.uns), layers=layers, **mappings
-        )
+        uns = dict(adata.uns)
+        uns[Keys.NAMESPACE] = dict(uns.get(Keys.NAMESPACE, {}))
+        return AnnData(X=adata.X, obs=adata.obs.copy(), var=adata.var.copy(), uns=uns, layers=layers, **mappings)
 
     if isinstance(data, AnnData):
         return own(data)
@@ -228,7 +228,10 @@ def _prepare(
         if not {Keys.TISSUE, Keys.TISSUE_LAZYSLIDE} & set(data.shapes):
             pp.detect_tissue(data, image_key=image_key)
         pp.make_tiles(data, image_key=image_key, **recipe.tiles)
-    shapes_key = resolve_shapes_key(data, shapes_key, table_key) if table_key is None else shapes_key
+    if has_table and shapes_key is None:
+        table_key = resolve_table(data, table_key=table_key).key  # all regions of the one measured table
+    else:
+        shapes_key = resolve_shapes_key(data, shapes_key, table_key)
     embedded = _table_of(data, shapes_key, table_key, recipe)
     if embedded is None or recipe.embedding_key not in embedded.adata.obsm:
         if not recipe.encoder:

@@ -1,0 +1,345 @@
+"""Training and prediction through the public functions, on sections whose morphology drives expression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import hespotex as hx
+from hespotex._keys import Keys
+from hespotex.errors import (
+    AmbiguousKeyError,
+    CheckpointError,
+    CountsError,
+    DataTypeError,
+    DataValueError,
+    HespotexWarning,
+    MissingKeyError,
+    ModelMismatchError,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:spatialdata")
+
+
+@pytest.fixture
+def embedded(patients):
+    for sdata in patients:
+        hx.pp.embed(sdata, "morphology")
+    return patients
+
+
+def genes_of(sdata, n=12):
+    return list(sdata["table"].var_names[:n])
+
+
+def stored(sdata):
+    """All keys of an object, to see what a call has added."""
+    found = {("element", name) for _, name, _ in sdata.gen_elements()}
+    for name, table in sdata.tables.items():
+        for slot in ("obs", "var", "obsm", "obsp", "layers"):
+            found |= {(name, slot, key) for key in getattr(table, slot)}
+        found |= {(name, "uns", key) for key in table.uns.get("hespotex", {})}
+    return found
+
+
+def test_the_prediction_of_some_genes_goes_to_obsm_and_nothing_else_changes(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    before, counts = stored(test), test["table"].X.copy()
+    assert hx.tl.predict(test, model) is None
+    assert stored(test) - before == {("table", "obsm", "ridge"), ("table", "uns", "ridge")}
+    table = test["table"]
+    assert (counts != table.X).nnz == 0
+    assert table.obsm["ridge"].shape == (table.n_obs, 12)
+    assert table.obsm["ridge"].dtype == np.float32
+    entry = table.uns["hespotex"]["ridge"]
+    assert list(entry["genes"]) == list(model.genes)
+    assert entry["unit"] == "log1p_cp10k"
+
+
+def test_the_prediction_of_all_genes_is_a_layer_in_the_order_of_the_table(embedded):
+    train, test = embedded[:2], embedded[2]
+    shared = [gene for gene in test["table"].var_names if all(gene in sdata["table"].var_names for sdata in train)]
+    model = hx.tl.train(train, "ridge", genes=shared)
+    subset = test["table"][:, sorted(shared, reverse=True)].copy()
+    test["table"] = subset
+    hx.tl.predict(test, model)
+    by_name = dict(zip(model.genes, model.predict(hx.data.bridge.sections_from(test)[0]).mean.T, strict=True))
+    for column, gene in enumerate(subset.var_names):
+        np.testing.assert_array_equal(subset.layers["ridge"][:, column], by_name[gene])
+
+
+def test_a_prediction_of_another_form_replaces_the_earlier_one(embedded):
+    sdata = embedded[0]
+    hx.tl.predict(sdata, hx.tl.train(sdata, "ridge", genes=list(sdata["table"].var_names)))
+    assert "ridge" in sdata["table"].layers
+    hx.tl.predict(sdata, hx.tl.train(sdata, "ridge", genes=genes_of(sdata)))
+    assert "ridge" not in sdata["table"].layers
+    assert hx.get.prediction(sdata, "ridge").n_vars == 12
+
+
+def test_prediction_does_not_look_at_measured_expression(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    hx.tl.predict(test, model)
+    before = test["table"].obsm["ridge"].copy()
+    rng = np.random.default_rng(0)
+    test["table"].X = sparse.csr_matrix(rng.poisson(3, test["table"].shape).astype(np.float32))
+    hx.tl.predict(test, model)
+    np.testing.assert_array_equal(test["table"].obsm["ridge"], before)
+
+
+def test_an_unseen_patient_is_predicted_better_than_by_chance(embedded):
+    train, test = embedded[:2], embedded[2]
+    hx.tl.predict(test, hx.tl.train(train, "ridge", genes=list(test["table"].var_names)))
+    result = hx.get.prediction(test, "ridge")
+    spread = (result.X.std(0) > 0) & (result.layers["measured"].std(0) > 0)
+    r = [np.corrcoef(result.X[:, g], result.layers["measured"][:, g])[0, 1] for g in np.flatnonzero(spread)]
+    assert np.mean(r) > 0.15
+
+
+def test_measured_values_are_in_the_unit_of_the_prediction(embedded):
+    sdata = embedded[0]
+    hx.tl.predict(sdata, hx.tl.train(sdata, "mean", genes=genes_of(sdata), unit="log1p_cpm_panel"))
+    counts = sdata["table"][:, genes_of(sdata)].X.toarray().astype(float)
+    expected = np.log1p(1e6 * counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    np.testing.assert_allclose(hx.get.prediction(sdata, "mean").layers["measured"], expected, rtol=1e-5)
+
+
+def test_copy_returns_the_prediction_and_leaves_the_object_alone(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    before = stored(test)
+    result = hx.tl.predict(test, model, copy=True)
+    assert stored(test) == before
+    hx.tl.predict(test, model)
+    np.testing.assert_array_equal(result.X, hx.get.prediction(test, "ridge").X)
+
+
+def test_the_object_names_the_model_it_trained(embedded):
+    train = embedded[:2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(train[0]))
+    hx.tl.predict(train[1])
+    np.testing.assert_array_equal(train[1]["table"].obsm["ridge"], hx.tl.predict(train[1], model, copy=True).X)
+
+
+def test_without_any_model_the_ways_to_name_one_are_listed(embedded):
+    with pytest.raises(MissingKeyError, match="hx.settings.default_model"):
+        hx.tl.predict(embedded[0])
+
+
+def test_a_saved_model_predicts_the_same(embedded, tmp_path):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    path = model.save(tmp_path / "her2.hx")
+    with hx.settings.override(default_model=path):
+        hx.tl.predict(test)
+    np.testing.assert_array_equal(test["table"].obsm["ridge"], hx.tl.predict(test, model, copy=True).X)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        hx.tl.predict(test, tmp_path / "elsewhere.hx")
+
+
+def test_missing_steps_are_run_with_the_parameters_of_training(patients):
+    train, test = patients[:2], patients[2]
+    for sdata in train:
+        hx.pp.embed(sdata, "morphology", tile_um=60.0, context_um=120.0, key_added="X_own")
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    hx.tl.predict(test, model)
+    assert test["table"].obsm["X_own"].shape[1] == train[0]["table"].obsm["X_own"].shape[1]
+    assert test["table"].uns["hespotex"]["X_own"]["encoder"] == train[0]["table"].uns["hespotex"]["X_own"]["encoder"]
+
+
+def test_a_slide_without_expression_gets_tiles_and_a_table_of_its_own(embedded):
+    train, slide = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(train[0]))
+    for name in ("table", "spots"):
+        del slide[name]
+    hx.tl.predict(slide, model)
+    table = slide["ridge_tiles"]
+    assert list(table.var_names) == list(model.genes)
+    assert np.isfinite(table.X).all()
+    assert table.obsm["spatial"].shape == (table.n_obs, 2)
+    tiles = slide["tiles"]
+    assert abs(2 * tiles.radius.iloc[0] * 0.5 - 40.0) < 1e-6  # the diameter of the training spots, at 0.5 µm/px
+    result = hx.get.prediction(slide)
+    assert "measured" not in result.layers
+    hx.tl.predict(slide, model)  # once more: nothing piles up
+    assert hx.get.prediction(slide).n_obs == table.n_obs
+
+
+def test_an_anndata_with_its_embedding_suffices(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train([sdata["table"] for sdata in train], "ridge", genes=genes_of(test))
+    adata = test["table"].copy()
+    hx.tl.predict(adata, model)
+    expected = hx.tl.predict(test, hx.tl.train(train, "ridge", genes=genes_of(test)), copy=True).X
+    np.testing.assert_allclose(adata.obsm["ridge"], expected, atol=1e-6)
+
+
+def test_spot_order_does_not_matter(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    hx.tl.predict(test, model)
+    straight = hx.get.prediction(test, "ridge").to_df()
+    test["table"] = test["table"][np.random.default_rng(0).permutation(test["table"].n_obs)].copy()
+    hx.tl.predict(test, model)
+    shuffled = hx.get.prediction(test, "ridge").to_df()
+    np.testing.assert_allclose(shuffled.loc[straight.index], straight, atol=1e-5)
+
+
+def test_blocks_give_the_same_as_the_whole(embedded):
+    sdata = embedded[0]
+    model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
+    whole = hx.tl.predict(sdata, model, copy=True).X
+    np.testing.assert_allclose(hx.tl.predict(sdata, model, copy=True, block_rows=7).X, whole, atol=1e-5)
+
+
+def test_everything_survives_a_zarr_round_trip(embedded, tmp_path):
+    from spatialdata import read_zarr
+
+    sdata = embedded[0]
+    hx.pp.spatial_graph(sdata)
+    model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
+    hx.tl.predict(sdata, model)
+    sdata.write(tmp_path / "section.zarr")
+    back = read_zarr(tmp_path / "section.zarr")
+    before, after = hx.get.prediction(sdata, "ridge"), hx.get.prediction(back, "ridge")
+    np.testing.assert_array_equal(after.X, before.X)
+    np.testing.assert_array_equal(after.layers["measured"], before.layers["measured"])
+    assert list(after.var_names) == list(before.var_names)
+    assert hx.tl.predict(back, copy=True).shape == before.shape  # attrs still name the model
+
+
+def test_genes_absent_from_a_section_are_listed_and_left_out_of_training(embedded):
+    with pytest.warns(HespotexWarning, match="NOT_A_GENE"):
+        model = hx.tl.train(embedded[:2], "ridge", genes=[*genes_of(embedded[0], 5), "NOT_A_GENE"])
+    assert len(model.genes) == 5
+    with pytest.raises(DataValueError, match="none of the genes"), pytest.warns(HespotexWarning):
+        hx.tl.train(embedded[:2], "ridge", genes=["NOT_A_GENE"])
+
+
+def test_genes_the_section_never_measured_are_predicted_with_a_warning(embedded):
+    train, test = embedded[:2], embedded[2]
+    genes = genes_of(test)
+    model = hx.tl.train(train, "ridge", genes=genes)
+    test["table"] = test["table"][:, 3:].copy()
+    with pytest.warns(HespotexWarning, match=genes[0]):
+        hx.tl.predict(test, model)
+    result = hx.get.prediction(test, "ridge")
+    assert result.n_vars == 12
+    assert not result.var.loc[genes[0], "measured"]
+
+
+def test_the_missing_step_is_named(patients):
+    with pytest.raises(MissingKeyError, match=r"hx\.pp\.embed"):
+        hx.tl.train(patients, "ridge", genes=genes_of(patients[0]))
+    for sdata in patients:
+        hx.pp.embed(sdata, "morphology")
+    with pytest.raises(MissingKeyError, match=r"hx\.pp\.spatial_graph"):
+        hx.tl.train(patients, "hespotex", genes=genes_of(patients[0]))
+
+
+def test_several_embeddings_have_to_be_told_apart(embedded):
+    for sdata in embedded:
+        hx.pp.embed(sdata, "morphology", tile_um=60.0, context_um=120.0, key_added="X_small")
+    with pytest.raises(AmbiguousKeyError, match="X_small"):
+        hx.tl.train(embedded, "ridge", genes=genes_of(embedded[0]))
+
+
+def test_sections_embedded_differently_are_refused(patients):
+    for sdata, tile_um in zip(patients[:2], (60.0, 80.0), strict=True):
+        hx.pp.embed(sdata, "morphology", tile_um=tile_um, context_um=160.0)
+    with pytest.raises(ModelMismatchError, match="tile_um"):
+        hx.tl.train(patients[:2], "ridge", genes=genes_of(patients[0]))
+
+
+def test_a_model_for_another_embedding_is_refused_and_the_object_untouched(embedded):
+    train, test = embedded[:2], embedded[2]
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    hx.pp.embed(test, "morphology", tile_um=60.0, context_um=120.0)
+    before = stored(test)
+    with pytest.raises(ModelMismatchError, match="tile_um"):
+        hx.tl.predict(test, model)
+    test["table"].obsm["X_morphology"] = test["table"].obsm["X_morphology"][:, :5]
+    with pytest.raises(ModelMismatchError, match="5 features"):
+        hx.tl.predict(test, model)
+    assert stored(test) == before
+
+
+def test_an_error_in_the_last_step_takes_back_the_steps_before(patients, monkeypatch):
+    train, test = patients[:2], patients[2]
+    for sdata in train:
+        hx.pp.embed(sdata, "morphology")
+    model = hx.tl.train(train, "ridge", genes=genes_of(test))
+    before = stored(test)
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "predict_blocks", broken)
+    with pytest.raises(KeyboardInterrupt):
+        hx.tl.predict(test, model)
+    assert stored(test) == before
+
+
+@pytest.mark.parametrize("kind", ["negative", "nan", "normalised"])
+def test_what_is_no_count_is_refused(embedded, kind):
+    sdata = embedded[0]
+    values = sdata["table"].X.toarray().astype(np.float64)
+    values = {"negative": values - 1, "nan": np.where(values > 3, np.nan, values), "normalised": np.log1p(values)}[kind]
+    sdata["table"].X = sparse.csr_matrix(values)
+    with pytest.raises(CountsError):
+        hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
+
+
+def test_spots_without_counts_are_left_out_of_training_and_predicted(embedded):
+    sdata = embedded[0]
+    counts = sdata["table"].X.toarray()
+    counts[3] = 0
+    sdata["table"].X = sparse.csr_matrix(counts)
+    with pytest.warns(HespotexWarning, match="1 of"):
+        model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
+    assert model.recipe.training["sections"][0]["n_obs"] == sdata["table"].n_obs - 1
+    hx.tl.predict(sdata, model)
+    assert np.isfinite(sdata["table"].obsm["ridge"]).all()
+
+
+def test_wrong_arguments_are_named(embedded):
+    with pytest.raises(DataTypeError, match="sdatas"):
+        hx.tl.train(["section.zarr"])
+    with pytest.raises(DataValueError, match="empty"):
+        hx.tl.train([])
+    with pytest.raises(DataTypeError, match="model must be"):
+        hx.tl.predict(embedded[0], 3)
+    with pytest.raises(ModelMismatchError, match="not fitted"):
+        hx.tl.predict(embedded[0], hx.models.create("ridge"))
+    with pytest.raises(DataValueError, match="did you mean 'ridge'"):
+        hx.tl.train(embedded, "rigde")
+    with pytest.raises(DataValueError, match="groups names 1"):
+        hx.tl.train(embedded, "ridge", genes=genes_of(embedded[0]), groups=["a"])
+
+
+def test_marked_genes_are_used(embedded):
+    for sdata in embedded:
+        sdata["table"].var[Keys.TARGET] = np.arange(sdata["table"].n_vars) < 7
+    model = hx.tl.train(embedded[:2], "ridge")
+    assert sorted(model.genes) == sorted(genes_of(embedded[0], 7))
+
+
+def test_a_missing_prediction_lists_those_there(embedded):
+    sdata = embedded[0]
+    hx.tl.predict(sdata, hx.tl.train(sdata, "mean", genes=genes_of(sdata)), key_added="my mean")
+    with pytest.raises(MissingKeyError, match="'my_mean'"):
+        hx.get.prediction(sdata, "ridge")
+
+
+def test_several_regions_of_one_object_are_sections_of_their_own(embedded):
+    import spatialdata as sd
+
+    both = sd.concatenate({"a": embedded[0], "b": embedded[1]}, concatenate_tables=True)
+    model = hx.tl.train(both, "ridge", genes=genes_of(embedded[0]), embedding_key="X_morphology")
+    assert [entry["n_obs"] for entry in model.recipe.training["sections"]] == [s["table"].n_obs for s in embedded[:2]]
+    hx.tl.predict(both, model)
+    apart = hx.tl.predict(embedded[1], hx.tl.train(embedded[:2], "ridge", genes=genes_of(embedded[0])), copy=True)
+    np.testing.assert_allclose(both["table"].obsm["ridge"][-apart.n_obs :], apart.X, atol=1e-5)
