@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from ..data.section import Rows, Section, rows_of
 from ..errors import DataValueError
 
-__all__ = ["InnerFold", "gene_correlation", "inner_folds", "read_features", "row_blocks", "within_section_score"]
+__all__ = [
+    "InnerFold",
+    "Scaler",
+    "gene_correlation",
+    "inner_folds",
+    "read_features",
+    "row_blocks",
+    "within_section_score",
+]
 
+_READ_ROWS = 4096
 # Enough to tell settings apart; leaving out each of dozens of groups would cost minutes and choose the same.
 MAX_FOLDS = 8
 # Fewer observations cannot be split into blocks that a correlation makes sense on.
@@ -99,6 +109,47 @@ def read_features(section: Section, rows: slice | np.ndarray = slice(None)) -> n
             f"section {section.name!r} has features that are NaN or infinite; embed it anew with hx.pp.embed"
         )
     return block
+
+
+@dataclass(frozen=True, eq=False)
+class Scaler:
+    """Standardisation of features by mean and spread over training observations; constant features become 0.
+
+    Attributes
+    ----------
+    mean, inverse
+        Mean and reciprocal standard deviation, (d,) float32; the reciprocal is 0 where a feature is constant.
+    """
+
+    mean: np.ndarray
+    inverse: np.ndarray
+
+    @classmethod
+    def fit(cls, sections: Sequence[Section]) -> Self:
+        """Read all features once, in row blocks."""
+        shift = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
+        n, total, square = 0, np.zeros_like(shift), np.zeros_like(shift)
+        for section in sections:
+            for rows in row_blocks(section.n_obs, _READ_ROWS):
+                x = read_features(section, rows) - shift  # without the shift the sum of squares would cancel
+                n, total, square = n + len(x), total + x.sum(axis=0), square + (x * x).sum(axis=0)
+        variance = square / n - (total / n) ** 2
+        varies = variance > 1e-10 * np.maximum(square / n, 1e-30)
+        inverse = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+        return cls((shift + total / n).astype(np.float32), inverse.astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Standardised features, float32."""
+        return (features - self.mean) * self.inverse
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays, by the names that :meth:`from_state` reads."""
+        return {"feature_mean": self.mean, "feature_inverse": self.inverse}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Inverse of :meth:`state`."""
+        return cls(np.asarray(arrays["feature_mean"]), np.asarray(arrays["feature_inverse"]))
 
 
 def gene_correlation(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from .._logging import logger
 from ..data.section import Prediction, Section
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
-from ._inner import gene_correlation, inner_folds, read_features, row_blocks
+from ._inner import Scaler, gene_correlation, inner_folds, read_features, row_blocks
 from ._registry import register
 
 __all__ = ["Ridge", "RidgeConfig"]
@@ -208,19 +208,14 @@ class Ridge(Model[RidgeConfig]):
 
 def _frame(sections: Sequence[Section]) -> _Frame:
     n = sum(section.n_obs for section in sections)
-    first = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
-    d, total, square, level = len(first), 0.0, 0.0, 0.0
+    scaler = Scaler.fit(sections)
+    level = np.zeros(len(sections[0].require_targets().genes))
     for section in sections:
         targets = section.require_targets()
         for rows in row_blocks(section.n_obs, _READ_ROWS):
-            x = read_features(section, rows) - first  # shifted, so that the sum of squares does not cancel
-            total, square = total + x.sum(axis=0), square + (x * x).sum(axis=0)
-            level = level + targets[rows].sum(axis=0, dtype=np.float64)
-    variance = square / n - (total / n) ** 2
-    varies = variance > 1e-10 * np.maximum(square / n, 1e-30)
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    frame = _Frame(first + total / n, scale, np.asarray(level / n), None)
-    if n < d:  # the rows fit where the Gram matrix of the features would have to
+            level += targets[rows].sum(axis=0, dtype=np.float64)
+    frame = _Frame(scaler.mean.astype(np.float64), scaler.inverse.astype(np.float64), level / n, None)
+    if n < len(scaler.mean):  # the rows fit where the Gram matrix of the features would have to
         frame.basis = _span(np.concatenate([frame(read_features(section)) for section in sections]))
     return frame
 
