@@ -70,11 +70,15 @@ def halve(stack: np.ndarray) -> np.ndarray:
 
 def block_mean(stack: np.ndarray, side: int) -> np.ndarray:
     """Means of squares of `side` pixels over the last two axes, whose lengths are multiples of `side`."""
-    if side == 1:
-        return stack
-    *lead, height, width = stack.shape
-    rows = stack.reshape(*lead, height // side, side, width).sum(axis=-2)
-    return rows.reshape(*lead, height // side, width // side, side).sum(axis=-1) * np.float32(1 / side**2)
+    # One strided addition per row and column of a square is several times faster than a reduction over short axes.
+    rows = stack[..., ::side, :].copy()
+    for shift in range(1, side):
+        rows += stack[..., shift::side, :]
+    out = rows[..., ::side].copy()
+    for shift in range(1, side):
+        out += rows[..., shift::side]
+    out *= np.float32(1 / side**2)
+    return out
 
 
 def level_names(level: int) -> list[str]:
