@@ -43,6 +43,7 @@ def test_genes_then_section_then_patient_then_cohort():
     assert (result["n_patients"] == 4).all()
     assert (result["n_sections"] == 10).all()
     assert (result["n_undefined"] == 1).all()
+    assert (result["n_genes"] == 30).all()
     assert result.loc["a", "pearson"] != pytest.approx(table.query("model == 'a'")["pearson"].mean(), abs=1e-9)
 
 

@@ -62,7 +62,8 @@ def aggregate(
       interval over bootstrapped patients lies above 0;
     - ``rvd`` and ``oversmoothed`` (share of genes) where the variance ratio was scored;
     - ``ceiling``, ``ceiling_pessimistic`` and ``pearson_of_ceiling`` where split-half correlations were taken;
-    - ``n_genes``, ``n_undefined``, ``n_flat``, ``n_sections``, ``n_small`` (sections left out), ``n_patients``.
+    - ``n_genes`` (different genes scored), ``n_undefined`` and ``n_flat`` (summed over sections), ``n_sections``, ``n_small``
+      (sections left out), ``n_patients``.
 
     Warns
     -----
@@ -108,7 +109,7 @@ def aggregate(
         )
     kept = sections[~small]
     values = [name for name in sections if not name.startswith("n_")]
-    counts = [name for name in ("n_genes", "n_undefined", "n_flat") if name in sections]
+    counts = [name for name in ("n_undefined", "n_flat") if name in sections]
     per_patient = kept.groupby([*by, "patient"], sort=False, observed=True)
     patients = per_patient[values].mean().join(per_patient[counts].sum())
     patients["n_sections"] = per_patient.size()
@@ -125,6 +126,11 @@ def aggregate(
 
     used = table.set_index([*by, "patient", "section"]).index.isin(kept.index)
     scores = table[used]
+    defined = scores[~_undefined(scores, metrics)]
+    result["n_genes"] = (
+        defined.groupby(keys, sort=False, observed=True)["gene"].nunique().reindex(result.index).fillna(0)
+    )
+    result["n_genes"] = result["n_genes"].astype(int)
     if "split_half" in table:
         # Averaged over sections before the root: less biased than a root per section.
         half = scores.groupby([*by, "patient", "gene"], sort=False, observed=True)["split_half"].mean()
@@ -138,6 +144,11 @@ def aggregate(
         for name in (name for name in _DISTRIBUTION if name in metrics):
             result[f"{name}_above_zero"] = _above_zero(scores, name, by, seed).reindex(result.index)
     return result.reset_index()
+
+
+def _undefined(scores: pd.DataFrame, metrics: Sequence[str]) -> pd.Series:
+    """Rows whose measurement is constant or missing."""
+    return (scores["undefined"] if "undefined" in scores else scores[metrics[0]].isna()).astype(bool)
 
 
 def _per_section(table: pd.DataFrame, metrics: Sequence[str], keys: list[str]) -> pd.DataFrame:
@@ -161,7 +172,7 @@ def _per_section(table: pd.DataFrame, metrics: Sequence[str], keys: list[str]) -
             result[f"{name}_{suffix}"] = grouped[name].quantile(quantile)
         above = scores[name].gt(0).astype(float).where(scores[name].notna())
         result[f"{name}_positive"] = above.groupby([scores[key] for key in keys], sort=False, observed=True).mean()
-    undefined = scores["undefined"] if "undefined" in table else scores[metrics[0]].isna()
+    undefined = _undefined(scores, metrics)
     of_row = [scores[key] for key in keys]
     result["n_undefined"] = undefined.astype(int).groupby(of_row, sort=False, observed=True).sum()
     result["n_genes"] = grouped.size() - result["n_undefined"]

@@ -66,8 +66,8 @@ def split_half(
     >>> bool(split_half(np.rint(rate), np.full(50, 10000.0))[0] > 0.8)
     True
     """
-    dense = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
-    dense = np.rint(dense).astype(np.int64)
+    panel = sparse.csr_array(counts).toarray() if sparse.issparse(counts) else np.asarray(counts)
+    dense = np.rint(panel).astype(np.int64)
     library = np.rint(np.asarray(library_size, dtype=np.float64)).astype(np.int64)
     rest = library - dense.sum(axis=1)
     if (dense < 0).any() or (rest < 0).any():

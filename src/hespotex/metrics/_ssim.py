@@ -85,11 +85,10 @@ def lattice_windows(
 
     row_step, col_step, col_reach = (1.0, 1.0, _REACH) if lattice == "square" else (np.sqrt(3) / 2, 0.5, 2 * _REACH)
     row_reach = int(_REACH / row_step)
-    centre_row, centre_col = np.indices(grid.shape)
+    centres = np.indices(grid.shape).reshape(2, -1)
     if lattice == "hex":
-        on_array = (centre_row + centre_col) % 2 == 0
-        centre_row, centre_col = centre_row[on_array], centre_col[on_array]
-    centre_row, centre_col = centre_row.ravel(), centre_col.ravel()
+        centres = centres[:, centres.sum(axis=0) % 2 == 0]
+    centre_row, centre_col = centres[0], centres[1]
     numbers = np.arange(len(centre_row))
     rows, cols, values, total = [], [], [], 0.0
     for d_row in range(-row_reach, row_reach + 1):
