@@ -84,7 +84,7 @@ def normalize_counts(
     Examples
     --------
     >>> import hespotex as hx
-    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> sdata = hx.datasets.synthetic(size_px=800, n_genes=40)
     >>> hx.pp.normalize_counts(sdata)
     >>> "log1p_cp10k" in sdata["table"].layers
     True

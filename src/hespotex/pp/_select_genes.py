@@ -102,7 +102,7 @@ def select_genes(
     Examples
     --------
     >>> import hespotex as hx
-    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> sdata = hx.datasets.synthetic(size_px=800, n_genes=40)
     >>> hx.pp.select_genes(sdata, method="high_mean", n_top=5)
     >>> int(sdata["table"].var["hespotex_target"].sum())
     5

@@ -145,7 +145,7 @@ def cross_validate(
     Examples
     --------
     >>> import hespotex as hx
-    >>> patients = hx.datasets.synthetic(n_patients=3, n_spots=60, size_px=1200)
+    >>> patients = hx.datasets.synthetic(n_patients=3, size_px=1000, n_genes=60)
     >>> for sdata in patients:
     ...     hx.pp.embed(sdata, "morphology", progress_bar=False)
     >>> scores = hx.tl.cross_validate(patients, ["ridge", "mean"], n_top_genes=20, gene_selection="high_mean")

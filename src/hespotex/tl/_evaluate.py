@@ -110,7 +110,7 @@ def evaluate(
     Examples
     --------
     >>> import hespotex as hx
-    >>> train, test = hx.datasets.synthetic(n_patients=2, n_spots=60, size_px=1200)
+    >>> train, test = hx.datasets.synthetic(n_patients=2, size_px=1000, n_genes=60)
     >>> hx.pp.embed(train, "morphology", progress_bar=False)
     >>> model = hx.tl.train(train, "ridge", n_top_genes=20, gene_selection="high_mean")
     >>> hx.tl.predict(test, model)
