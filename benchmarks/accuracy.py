@@ -1,0 +1,277 @@
+"""How well expression is predicted: HESpotEx beside ridge, other baselines and nulls.
+
+    python benchmarks/accuracy.py her2st    --data DIR   # C2-C5, leave one section out: adjacent sections of one tumour
+    python benchmarks/accuracy.py a1        --data DIR   # C2-C5 -> A1, another patient, at A1's 3.2 µm/px
+    python benchmarks/accuracy.py synthetic              # 8 synthetic patients, leave one patient out
+    python benchmarks/accuracy.py table                  # Markdown tables of what was run
+
+DIR is the folder of ``her2st``, ``her2st_a1_lowres`` and ``encoders_timm``; HESPOTEX_DATA by default. Prepared sections
+and finished runs are kept in ``benchmarks/results`` and not made again: an interrupted run goes on where it stopped.
+Panels are chosen in every fold, on its training sections; every model predicts log1p of counts per 10,000 of the full
+library. ``paper (own unit)`` is the published algorithm in the unit and with the panel of its authors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import hespotex as hx
+from hespotex.data.splits import spatial_blocks
+from hespotex.metrics import aggregate, block_draws, paired_difference, resample_interval
+
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+PANELS = {"250 highest-mean": "high_mean", "250 most variable": "most_variable"}
+N_GENES, SEEDS, N_PATIENTS = 250, (0, 1, 2), 8
+EMBEDDINGS = {"morphology": "X_morphology", "MobileNet": "X_mobilenet"}
+MODELS = {
+    "hespotex": "hespotex",
+    "hespotex (paper)": {"name": "hespotex", "preset": "paper"},
+    "ridge": "ridge",
+    "mlp": "mlp",
+    "knn": "knn",
+    "mean": "mean",
+}
+SECTIONS = ("C2", "C3", "C4", "C5")
+
+
+def mobilenet(data: Path) -> dict:
+    """Keyword arguments of the ImageNet MobileNet, as its README prescribes."""
+    return {
+        "weights": data / "encoders_timm" / "mobilenetv1_100_padsame.safetensors",
+        "pad_type": "same",
+        "mean": 128 / 255,
+        "std": 128 / 255,
+    }
+
+
+def prepare(sdata, data: Path | None, *, mpp: float | None = None, nuclei: bool = True) -> None:
+    """Embeddings, graph and nuclei of a section."""
+    hx.pp.embed(sdata, "morphology", **({"mpp": mpp} if mpp else {}))
+    if data is not None:
+        # At 3.2 µm/px a tile of 160 µm has 50 px: it is read as 64 px, and so are the training sections.
+        size = {"tile_um": 160.0} if mpp is None else {"tile_um": 64 * mpp, "tile_px": 64}
+        hx.pp.embed(sdata, "timm:mobilenetv1_100", key_added="X_mobilenet", **mobilenet(data), **size)
+    hx.pp.spatial_graph(sdata)
+    if nuclei:
+        hx.pp.segment_nuclei(sdata, raster=False)
+
+
+def prepared(name: str, make) -> object:
+    """The table of a section with all that models read, made once."""
+    import anndata as ad
+
+    path = RESULTS / "prepared" / f"{name}.h5ad"
+    if not path.exists():
+        sdata = make()
+        table = sdata["table"].copy()
+        table.uns["hespotex"] = {**table.uns.get("hespotex", {}), **sdata.attrs["hespotex"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.write_h5ad(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+    return ad.io.read_h5ad(path)
+
+
+def her2st(name: str, data: Path, mpp: float | None = None):
+    def make():
+        sdata = hx.datasets.her2st(name, path=data / "her2st")
+        prepare(sdata, data, mpp=mpp, nuclei=mpp is None)
+        return sdata
+
+    return prepared(name if mpp is None else f"{name}-{mpp}", make)
+
+
+def a1(data: Path):
+    def make():
+        folder = data / "her2st_a1_lowres"
+        sdata = hx.io.read_st(
+            folder / "A1_counts.tsv.gz",
+            folder / "A1_selection.tsv",
+            folder / "A1_image.png",
+            name="A1",
+            patient="A",
+            frame_size=(6954, 7435),
+        )
+        prepare(sdata, data, mpp=3.2, nuclei=False)
+        return sdata
+
+    return prepared("A1-3.2", make)
+
+
+def synthetic(patient: int):
+    def make():
+        sdata = hx.datasets.synthetic(first_patient=patient, size_px=4000, lattice="visium", n_genes=400, seed=11)
+        prepare(sdata, None)
+        return sdata
+
+    return prepared(f"synthetic-{patient}", make)
+
+
+def once(path: Path, run) -> None:
+    """Run and keep a table of scores, unless it is there."""
+    if path.exists():
+        print("there already:", path.name)
+        return
+    print("running:", path.name, flush=True)
+    table = run()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+def intervals(tables: list, labels: list[str]) -> pd.DataFrame:
+    """95 % interval of the mean r by bootstrap of spatial blocks, averaged over the sections."""
+    rows = []
+    for label in labels:
+        draws, estimates = [], []
+        for table in tables:
+            result = hx.get.prediction(table, hx._keys.sanitize(f"{label}_cv"))
+            use = np.asarray(table.X.sum(axis=1)).ravel() >= 1
+            blocks = spatial_blocks(table.obsm["spatial"][use] * table.uns["hespotex"]["X_morphology"]["slide_mpp"])
+            pair = result.layers["measured"][use], result.X[use]
+            draws.append(block_draws(*pair, blocks, seed=0))
+            estimates.append(np.nanmean(hx.metrics.pearson(*pair)))
+        interval = resample_interval(float(np.mean(estimates)), np.mean(draws, axis=0))
+        rows.append({"model": label, "lower": interval.lower, "upper": interval.upper})
+    return pd.DataFrame(rows)
+
+
+def cross_validation(task: str, tables: list, embeddings: dict[str, str], seeds, groups=None) -> None:
+    force = groups is not None
+    for embedding, key in embeddings.items():
+        for selection in PANELS.values():
+            for seed in seeds:
+
+                def run(key=key, selection=selection, seed=seed) -> pd.DataFrame:
+                    scores = hx.tl.cross_validate(
+                        tables,
+                        MODELS,
+                        groups=groups,
+                        force=force,
+                        gene_selection=selection,
+                        n_top_genes=N_GENES,
+                        embedding_key=key,
+                        seed=seed,
+                        progress_bar=True,
+                    )
+                    if seed == 0:
+                        scores = scores.merge(intervals(tables, list(MODELS)), on="model", how="left")
+                    return scores
+
+                once(RESULTS / f"{task}--{embedding}--{selection}--{seed}.parquet", run)
+
+        def own(key=key) -> pd.DataFrame:
+            return hx.tl.cross_validate(
+                tables,
+                {"hespotex (paper, own unit)": {"name": "hespotex", "preset": "paper"}},
+                groups=groups,
+                force=force,
+                gene_selection="hvg",
+                n_top_genes=1000,
+                unit="log1p_cpm_panel",
+                embedding_key=key,
+                seed=0,
+                copy=True,
+            )
+
+        once(RESULTS / f"{task}--{embedding}--own--0.parquet", own)
+
+
+def transfer(data: Path, seeds) -> None:
+    """C2-C5 to A1, everything read at A1's resolution."""
+    train = [her2st(name, data, mpp=3.2) for name in SECTIONS]
+    test = a1(data)
+    # Without nuclei at this resolution the published factor has nothing to count.
+    models = {label: spec for label, spec in MODELS.items() if "paper" not in label}
+    for embedding, key in EMBEDDINGS.items():
+        for selection in PANELS.values():
+            for seed in seeds:
+
+                def run(key=key, selection=selection, seed=seed) -> pd.DataFrame:
+                    for label, name in models.items():
+                        model = hx.tl.train(
+                            train, name, gene_selection=selection, n_top_genes=N_GENES, embedding_key=key, seed=seed
+                        )
+                        hx.tl.predict(test, model, key_added=label)
+                    return hx.tl.evaluate(test, list(models), reference=train, seed=seed, copy=True)
+
+                once(RESULTS / f"a1--{embedding}--{selection}--{seed}.parquet", run)
+
+
+def runs() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Finished runs: task, embedding, panel and the scores of all seeds."""
+    found: dict[tuple[str, str, str], list[pd.DataFrame]] = {}
+    for path in sorted(RESULTS.glob("*.parquet")):
+        task, embedding, panel, seed = path.stem.split("--")
+        found.setdefault((task, embedding, panel), []).append(pd.read_parquet(path).assign(seed=int(seed)))
+    for (task, embedding, panel), tables in found.items():
+        yield task, embedding, panel, pd.concat(tables, ignore_index=True)
+
+
+def print_tables() -> None:
+    titles = {value: key for key, value in PANELS.items()} | {"own": "its own panel, log1p CPM of the panel"}
+    for task, embedding, panel, scores in runs():
+        n_seeds = scores["seed"].nunique()
+        print(f"\n### {task}, {embedding}, {titles[panel]} ({n_seeds} seed{'s' if n_seeds > 1 else ''})\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hx.errors.HespotexWarning)
+            cohort = aggregate(scores, by=["model", "seed"])
+            patients = aggregate(scores, by=["model", "seed"], level="patient")
+        head = "| model | mean r | 95 % interval | sd over seeds | median r | RMSE | variance ratio | r / ceiling |"
+        print(head + "\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+        order = cohort.groupby("model")["pearson"].mean().sort_values(ascending=False).index
+        for label in order:
+            rows = cohort[cohort["model"] == label]
+            mean, first = rows.mean(numeric_only=True), scores[scores["model"] == label]
+            span = ""
+            if "lower" in first and first["lower"].notna().any():
+                span = f"{first['lower'].dropna().iloc[0]:.3f} to {first['upper'].dropna().iloc[0]:.3f}"
+            seeds = f"{rows['pearson'].std():.4f}" if len(rows) > 1 else ""
+            print(
+                f"| {label} | {mean['pearson']:.3f} | {span} | {seeds} | {mean['pearson_median']:.3f} | "
+                f"{mean['rmse']:.3f} | {mean['variance_ratio']:.2f} | {mean['pearson_of_ceiling']:.2f} |"
+            )
+        print(f"\nceiling {cohort['ceiling'].mean():.3f} (pessimistic {cohort['ceiling_pessimistic'].mean():.3f})")
+        if {"hespotex", "ridge"} <= set(cohort["model"]):
+            wide = patients.pivot_table(index="patient", columns="model", values="pearson")
+            if len(wide) > 1:
+                paired = paired_difference(wide["hespotex"].to_numpy(), wide["ridge"].to_numpy())
+                span = f"{paired.interval.lower:+.3f} to {paired.interval.upper:+.3f}"
+                print(
+                    f"\nhespotex - ridge, paired over {paired.n} patients: {paired.interval.estimate:+.3f} "
+                    f"(95 % {span}; sign-flip p = {paired.p_value:.4f}); above ridge in "
+                    f"{int((wide['hespotex'] > wide['ridge']).sum())} of {len(wide)}"
+                )
+            else:
+                print(f"\nhespotex - ridge: {float((wide['hespotex'] - wide['ridge']).iloc[0]):+.3f} (one patient)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["her2st", "a1", "synthetic", "table"])
+    parser.add_argument("--data", type=Path, default=os.environ.get("HESPOTEX_DATA"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--patients", type=int, default=N_PATIENTS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*in training and test.*", category=hx.errors.HespotexWarning)
+    if options.task in {"her2st", "a1"} and options.data is None:
+        parser.error("--data: name the folder that holds her2st, or set HESPOTEX_DATA")
+    if options.task == "her2st":
+        tables = [her2st(name, Path(options.data)) for name in SECTIONS]
+        cross_validation("her2st", tables, EMBEDDINGS, options.seeds, groups=list(SECTIONS))
+    elif options.task == "a1":
+        transfer(Path(options.data), options.seeds)
+    elif options.task == "synthetic":
+        tables = [synthetic(patient) for patient in range(options.patients)]
+        cross_validation("synthetic", tables, {"morphology": "X_morphology"}, options.seeds)
+    print_tables()
+
+
+if __name__ == "__main__":
+    main()
