@@ -123,10 +123,30 @@ def test_counts_follow_the_truth_with_more_than_poisson_noise() -> None:
     assert np.mean(r) > 0.3
 
 
+def assert_same(a, b) -> None:
+    """Equal elements and maps to microns (a scale read from disk names one axis more, so matrices are compared)."""
+    for key in ("image", "spots"):
+        one, other = (get_transformation(s[key], "microns").to_affine_matrix(("x", "y"), ("x", "y")) for s in (a, b))
+        assert np.allclose(one, other)
+    assert np.array_equal(pixels_of(a), pixels_of(b))
+    assert a["spots"].geometry.equals(b["spots"].geometry)
+    assert a["spots"]["radius"].equals(b["spots"]["radius"])
+    assert (a["table"].X != b["table"].X).nnz == 0
+    assert a["table"].X.dtype == b["table"].X.dtype
+    assert a["table"].obs["spot_id"].to_list() == b["table"].obs["spot_id"].to_list()
+    assert a["table"].var_names.equals(b["table"].var_names)
+    assert a.attrs["hespotex"] == b.attrs["hespotex"]
+
+
+def pixels_of(sdata) -> np.ndarray:
+    image = sdata["image"]
+    return np.asarray(image["scale0"]["image"] if hasattr(image, "children") else image)
+
+
 def test_round_trip(tmp_path: Path, section) -> None:
     section.write(tmp_path / "s.zarr")
     back = spatialdata.read_zarr(tmp_path / "s.zarr")
-    spatialdata.testing.assert_spatial_data_objects_are_identical(section, back)
+    assert_same(section, back)
     assert np.allclose(hx.datasets.cell_truth(back).X, hx.datasets.cell_truth(section).X)
 
 

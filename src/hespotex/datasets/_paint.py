@@ -85,7 +85,8 @@ def paint(
     from scipy.ndimage import gaussian_filter
 
     ground_mpp = max(mpp, _GROUND_MPP)
-    ground_shape = tuple(int(np.ceil(length * mpp / ground_mpp)) + 1 for length in shape)
+    height, width = (int(np.ceil(length * mpp / ground_mpp)) + 1 for length in shape)
+    ground_shape = height, width
     ground = _ground(rng, tissue, ground_shape, ground_mpp)
     _paint_fat(rng, tissue, ground[0], ground_mpp)
     stretch = _Stretch(shape, mpp, ground_shape, ground_mpp)
@@ -117,7 +118,9 @@ class _Grain:
         return self._filtered((along * length_um) ** 2 + (across * width_um) ** 2)
 
     def _filtered(self, exponent: np.ndarray) -> np.ndarray:
-        tile = np.fft.irfft2(self._noise * np.exp(-2 * np.pi**2 * exponent), s=(self.side, self.side)).astype(np.float32)
+        tile = np.fft.irfft2(self._noise * np.exp(-2 * np.pi**2 * exponent), s=(self.side, self.side)).astype(
+            np.float32
+        )
         return tile / tile.std()
 
 

@@ -253,8 +253,7 @@ def _lattice(tissue: Tissue, lattice: str, pitch_um: float) -> tuple[np.ndarray,
     hexagonal = lattice == "visium"
     row_step = pitch_um * (np.sqrt(3) / 2 if hexagonal else 1)
     n_rows, n_columns = int((height - pitch_um) // row_step) + 1, int((width - pitch_um) // pitch_um) + 1
-    row, column = np.meshgrid(np.arange(max(n_rows, 0)), np.arange(max(n_columns, 0)), indexing="ij")
-    row, column = row.ravel(), column.ravel()
+    row, column = np.indices((max(n_rows, 0), max(n_columns, 0))).reshape(2, -1)
     shifted = (row % 2) / 2 if hexagonal else 0
     xy = np.stack([pitch_um / 2 + (column + shifted) * pitch_um, pitch_um / 2 + row * row_step], axis=1)
     fits = (xy < [width, height]).all(axis=1)

@@ -145,7 +145,7 @@ def make_tissue(rng: np.random.Generator, size_um: tuple[float, float], mixture:
     """
     from scipy.ndimage import distance_transform_edt
 
-    shape = tuple(max(4, int(np.ceil(length / STEP_UM))) for length in size_um)
+    shape = max(4, int(np.ceil(size_um[0] / STEP_UM))), max(4, int(np.ceil(size_um[1] / STEP_UM)))
     region = np.full(shape, Region.STROMA, dtype=np.int8)
 
     fat = smooth_field(rng, shape, 150) + 0.15 * smooth_field(rng, shape, 30)

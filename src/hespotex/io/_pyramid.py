@@ -33,7 +33,8 @@ _STALE_SECONDS = 86_400
 class Source(Protocol):
     """Anything (3, h, w) uint8 that is read by slices."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, key: Any) -> Any: ...
 

@@ -215,7 +215,7 @@ def _read_spots(path: Path) -> pd.DataFrame:
 
 def _mpp_from_lattice(table: pd.DataFrame, xy: np.ndarray, pitch: np.ndarray, name: str) -> float:
     """µm per pixel from the pixels per array step along x and along y."""
-    found = []
+    found: list[float] = []
     for axis, letter in enumerate("xy"):
         column = f"new_{letter}" if f"new_{letter}" in table else letter
         steps = table[column].to_numpy(dtype=np.float64)
@@ -227,8 +227,8 @@ def _mpp_from_lattice(table: pd.DataFrame, xy: np.ndarray, pitch: np.ndarray, na
         slope = (centred @ xy[:, axis]) / spread
         if not slope > 0:
             raise ScaleError(f"spots: {name!r}: pixel_{letter} does not grow with {column}; correct the file")
-        found.append(pitch[axis] / slope)
-    return isotropic(*found, f"spots: {name!r} with pitch_um={tuple(map(float, pitch))}")
+        found.append(float(pitch[axis] / slope))
+    return isotropic(found[0], found[1], f"spots: {name!r} with pitch_um={tuple(map(float, pitch))}")
 
 
 def _report(unmatched: dict[str, list[str]], counts: str, spots: str) -> None:

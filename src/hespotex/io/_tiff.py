@@ -69,7 +69,7 @@ class TiffLevel:
 
 def stated_mpp(tiff: TiffFile) -> tuple[float, float] | None:
     """µm per pixel in x and y as the file states it, or None; not judged here."""
-    page = tiff.pages[0]
+    page = tiff.pages.first
     description = page.description or ""
     if tiff.is_ome and tiff.ome_metadata:
         found = _ome(tiff.ome_metadata)
