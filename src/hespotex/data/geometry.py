@@ -116,7 +116,7 @@ class Slide:
     def contains(self, pixels: np.ndarray) -> np.ndarray:
         """Whether each of the level-0 pixel positions (n, 2) lies on the image, (n,) bool."""
         height, width = self.shape
-        return ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
+        return np.all((pixels >= 0) & (pixels < (width, height)), axis=1)
 
 
 def resolve_slide(

@@ -48,7 +48,7 @@ class Encoder(ABC):
     """
 
     info: ClassVar[EncoderInfo]
-    name: ClassVar[str] | str
+    name: str
     mpp: float
     tile_um: float
     n_features: int

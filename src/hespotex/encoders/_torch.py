@@ -41,7 +41,7 @@ class TileNetwork:
         self._dtype = getattr(torch, dtype)
         # Convolutions are up to 1.5 times as fast on CPU with channels last, and no slower elsewhere.
         self._network = network.eval().requires_grad_(requires_grad=False).to(self._dtype)
-        self._network = self._network.to(memory_format=torch.channels_last)
+        self._network = self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # untyped there
         self._mean, self._std = (None if value is None else torch.tensor(value).view(3, 1, 1) for value in (mean, std))
         self._device: torch.device | None = None
 

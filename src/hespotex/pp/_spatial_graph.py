@@ -105,8 +105,8 @@ def spatial_graph(
     adata = table.adata
     coordinates, unit = _coordinates(data, table, spatial_key)
     region = _regions(table, library_key)
-    kind, n_neighs = _resolve_kind(kind, n_neighs, coordinates, region)
-    graph = _build(coordinates, region, kind, n_neighs)
+    resolved, n_neighs = _resolve_kind(kind, n_neighs, coordinates, region)
+    graph = _build(coordinates, region, resolved, n_neighs)
     if copy:
         return graph
     connectivities_key, distances_key = f"{key_added}_connectivities", f"{key_added}_distances"
@@ -115,18 +115,18 @@ def spatial_graph(
     adata.uns[f"{key_added}_neighbors"] = {
         "connectivities_key": connectivities_key,
         "distances_key": distances_key,
-        "params": {"coord_type": "generic" if kind == "knn" else "grid", "n_neighbors": n_neighs, "kind": kind},
+        "params": {"coord_type": "generic" if resolved == "knn" else "grid", "n_neighbors": n_neighs, "kind": resolved},
     }
     record(
         adata,
         connectivities_key,
         created_by="hespotex.pp.spatial_graph",
-        params={"kind": kind, "n_neighs": n_neighs},
+        params={"kind": resolved, "n_neighs": n_neighs},
         distance_unit=unit,
     )
     logger.info(
         "spatial_graph: %d edges of kind %r among %d observations; wrote obsp[%r] and obsp[%r]",
-        *(graph.connectivities.nnz // 2, kind, adata.n_obs, connectivities_key, distances_key),
+        *(graph.connectivities.nnz // 2, resolved, adata.n_obs, connectivities_key, distances_key),
     )
     return None
 
