@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DataTypeError, DataValueError, ImageFormatError
 from ._appearance import Appearance, estimate_appearance, nuclear_density
+from ._split import split_necks
 from ._tree import TreeOptions, select_regions
 
 __all__ = ["DIAMETER_UM", "Watershed", "estimate_diameter", "segment_watershed"]
@@ -20,7 +21,9 @@ DIAMETER_UM = 8.0  # of a typical nucleus in sections of human tissue
 
 _SMOOTHING = 0.05  # of the diameter: chromatin texture goes, outlines stay
 _MIN_SMOOTHING_PX = 0.5
-_LEVELS = 10
+_NECK = 0.1  # of the diameter: necks that much narrower than both sides part nuclei
+_SPLIT_AREA = 0.9  # of a nucleus: smaller regions are one
+_LEVELS = 12
 _LOWEST = 0.5  # of the way from background to Otsu's threshold: faint nuclei are still there, most of the rest is gone
 _DISTANCE = 0.5  # weight of the distance to the outline, in units of (threshold - background)
 _HEIGHT = 0.55  # a nucleus ends at this share of its own contrast
@@ -200,7 +203,7 @@ def _depth(dye: np.ndarray, diameter_px: float) -> np.ndarray:
 def _grow(
     dye: np.ndarray, stained: np.ndarray, regions: np.ndarray, diameter_px: float, options: TreeOptions
 ) -> np.ndarray:
-    """Let each region flood its surroundings down to a share of its own contrast; drop what stays too small."""
+    """Let each region flood its surroundings down to a share of its own contrast; part those with a neck."""
     from scipy import ndimage
     from skimage.segmentation import watershed
 
@@ -212,6 +215,8 @@ def _grow(
     near = ndimage.binary_dilation(inside, iterations=max(1, round(_REACH * diameter_px)), mask=stained)
     labels = watershed(-dye, regions, mask=near)
     labels[(dye < _HEIGHT * mean[labels]) & ~inside] = 0
+    labels = split_necks(labels, diameter_px, depth=_NECK, min_area=options.min_area, split_area=_SPLIT_AREA)
+    count = int(labels.max())
     area = np.bincount(labels.ravel(), minlength=count + 1)
     kept = area >= options.min_area * np.pi / 4 * diameter_px**2
     kept[0] = False

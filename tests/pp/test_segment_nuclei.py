@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from spatialdata import SpatialData, read_zarr
+from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Identity, Scale
+
+import hespotex as hx
+from hespotex.errors import (
+    DataTypeError,
+    DataValueError,
+    GeometryError,
+    MissingKeyError,
+    MissingWeightsError,
+    ScaleError,
+)
+
+from ..segmentation._scenes import discs, lattice, matched
+
+MPP = 0.5
+SIDE = 320
+SPOTS = np.array([[100.0, 100.0], [200, 100], [100, 220], [240, 240]])
+RADIUS = 40.0
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    return discs((SIDE, SIDE), lattice((SIDE, SIDE), 30), 8)
+
+
+def make(image: np.ndarray, *, table: bool = True, mpp: float | None = MPP, multiscale: bool = False) -> SpatialData:
+    systems = {"global": Identity()}
+    if mpp:
+        systems["microns"] = Scale([mpp, mpp], axes=("x", "y"))
+    element = Image2DModel.parse(
+        np.moveaxis(image, -1, 0),
+        dims=("c", "y", "x"),
+        c_coords=["r", "g", "b"],
+        transformations=systems,
+        scale_factors=[2] if multiscale else None,
+    )
+    spots = ShapesModel.parse(
+        SPOTS, geometry=0, radius=np.full(len(SPOTS), RADIUS), index=list("abcd"), transformations=systems
+    )
+    tables = {}
+    if table:
+        # Rows in another order than the shapes: they are joined by name.
+        obs = pd.DataFrame({"region": pd.Categorical(["spots"] * 4), "spot_id": list("dcba")}, index=list("dcba"))
+        tables["table"] = TableModel.parse(
+            AnnData(np.ones((4, 2), np.float32), obs=obs), region="spots", region_key="region", instance_key="spot_id"
+        )
+    return SpatialData(images={"image": element}, shapes={"spots": spots}, tables=tables)
+
+
+def expected_counts(truth: np.ndarray) -> np.ndarray:
+    """Discs whose centre lies in each spot, in the order of the table's rows."""
+    centres = np.array([np.argwhere(truth == name).mean(axis=0)[::-1] + 0.5 for name in range(1, truth.max() + 1)])
+    inside = np.hypot(*(centres[None] - SPOTS[::-1, None]).transpose(2, 0, 1)) <= RADIUS
+    return inside.sum(axis=1)
+
+
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding")
+def test_everything_is_written_where_the_contract_says(scene, tmp_path) -> None:
+    image, truth = scene
+    sdata = make(image)
+    assert hx.pp.segment_nuclei(sdata, n_jobs=1) is None
+    hits, n_true, n_found = matched(truth, sdata["nuclei_labels"].values)
+    assert hits == n_true == n_found == len(sdata["nuclei"]) == sdata["nuclei_features"].n_obs
+
+    table = sdata["table"]
+    assert np.array_equal(table.obs["n_nuclei"], expected_counts(truth))
+    window = [len(np.unique(sdata["nuclei_labels"].values[int(y) - 40 : int(y) + 40, int(x) - 40 : int(x) + 40]))
+              for x, y in SPOTS[::-1]]  # fmt: skip
+    assert table.obs["n_nuclei_window"].tolist() == window
+    note = table.uns["hespotex"]["n_nuclei"]
+    assert note["params"] == {"method": "watershed", "diameter_um": 8.0}
+    assert note["created_by"] == "hespotex.pp.segment_nuclei"
+
+    features = sdata["nuclei_features"]
+    assert list(features.var_names[:2]) == ["area_um2", "perimeter_um"]
+    assert features.obs["nucleus_id"].tolist() == sdata["nuclei"]["nucleus_id"].tolist()
+    assert abs(np.median(features[:, "area_um2"].X) - np.pi * 16) < 5
+    assert set(sdata.coordinate_systems) == {"global", "microns"}
+    for name in ("nuclei", "nuclei_labels"):
+        assert name in sdata.filter_by_coordinate_system("microns")
+
+    sdata.write(tmp_path / "section.zarr")
+    again = read_zarr(tmp_path / "section.zarr")
+    assert np.array_equal(again["nuclei_labels"].values, sdata["nuclei_labels"].values)
+    assert np.array_equal(again["nuclei_features"].X, features.X)
+    assert again["nuclei"].geometry.geom_equals_exact(sdata["nuclei"].geometry, 1e-9).all()
+    hx.pp.segment_nuclei(again, n_jobs=1)
+    assert len(again["nuclei"]) == len(sdata["nuclei"])
+
+
+def test_copy_returns_outlines_and_writes_nothing(scene) -> None:
+    sdata = make(scene[0])
+    outlines = hx.pp.segment_nuclei(sdata, copy=True, n_jobs=1)
+    assert len(outlines) == scene[1].max()
+    assert list(sdata.shapes) == ["spots"]
+    assert not sdata.labels
+    assert list(sdata["table"].obs) == ["region", "spot_id"]
+    assert "hespotex" not in sdata["table"].uns
+
+
+def test_a_slide_without_a_table_gets_nuclei_and_no_counts(scene) -> None:
+    sdata = make(scene[0], table=False)
+    hx.pp.segment_nuclei(sdata, n_jobs=1)
+    assert set(sdata.tables) == {"nuclei_features"}
+    with pytest.raises(MissingKeyError, match="absent"):
+        hx.pp.segment_nuclei(sdata, table_key="absent")
+
+
+def test_the_nuclei_table_is_never_taken_for_the_measurement(scene) -> None:
+    sdata = make(scene[0])
+    hx.pp.segment_nuclei(sdata, n_jobs=1)
+    hx.pp.segment_nuclei(sdata, n_jobs=1, raster=False)
+    assert "nuclei_labels" not in sdata.labels
+    assert "n_nuclei_window" not in sdata["table"].obs
+    assert "n_nuclei" not in sdata["nuclei_features"].obs
+
+
+def test_a_fine_image_is_read_coarser_and_outlines_lie_in_its_pixels(scene) -> None:
+    image, truth = discs((480, 480), lattice((480, 480), 60), 16)
+    sdata = make(image, mpp=0.25, multiscale=True)
+    hx.pp.segment_nuclei(sdata, n_jobs=1)
+    assert sdata["nuclei_labels"].shape == (240, 240)
+    assert np.array_equal(sdata["table"].obs["n_nuclei"], expected_counts(truth))
+    extent = sdata["nuclei"].total_bounds
+    assert extent[2] > 300
+
+
+@pytest.mark.parametrize("kind", ["array", "file", "element", "path"])
+def test_labels_that_are_there_are_taken_as_they_are(scene, kind: str, tmp_path) -> None:
+    image, truth = scene
+    sdata, labels = make(image), np.where(truth > 0, truth + 100, 0)
+    np.save(tmp_path / "nuclei.npy", labels)
+    if kind == "element":
+        sdata["mine"] = Labels2DModel.parse(labels, dims=("y", "x"), transformations={"global": Identity()})
+    method = {"array": labels, "file": tmp_path / "nuclei.npy", "element": "mine", "path": str(tmp_path / "nuclei.npy")}
+    hx.pp.segment_nuclei(sdata, method[kind], n_jobs=1)
+    assert np.array_equal(sdata["nuclei_labels"].values, labels)
+    assert sorted(sdata["nuclei"]["nucleus_id"]) == list(range(101, 101 + truth.max()))
+    assert np.array_equal(sdata["table"].obs["n_nuclei"], expected_counts(truth))
+    # Labels of this slide say nothing about how to segment another one.
+    assert sdata["table"].uns["hespotex"]["n_nuclei"]["params"] == {}
+
+
+def test_labels_of_a_coarser_level_are_placed_on_the_image(scene) -> None:
+    image, truth = scene
+    sdata = make(image, multiscale=True)
+    hx.pp.segment_nuclei(sdata, truth[::2, ::2], n_jobs=1)
+    assert np.array_equal(sdata["table"].obs["n_nuclei"], expected_counts(truth))
+
+
+def test_any_function_of_an_image_is_a_method(scene) -> None:
+    from skimage.measure import label
+
+    image, truth = scene
+    sdata = make(image)
+    hx.pp.segment_nuclei(sdata, lambda rgb: label(rgb[..., 0] < 160, connectivity=1), n_jobs=1, key_added="mine")
+    assert {"mine", "mine_labels", "mine_features"} <= {name for _, name, _ in sdata.gen_elements()}
+    assert np.array_equal(sdata["table"].obs["n_nuclei"], expected_counts(truth))
+
+
+def test_rows_of_other_regions_are_left_alone(scene) -> None:
+    sdata = make(scene[0])
+    other = sdata["spots"].copy()
+    obs = pd.DataFrame({"region": pd.Categorical(["spots"] * 4 + ["more"] * 4), "spot_id": list("abcdabcd")})
+    obs.index = obs.index.astype(str)
+    sdata["more"] = other
+    sdata["table"] = TableModel.parse(
+        AnnData(np.ones((8, 2), np.float32), obs=obs),
+        region=["spots", "more"],
+        region_key="region",
+        instance_key="spot_id",
+    )
+    hx.pp.segment_nuclei(sdata, shapes_key="spots", n_jobs=1)
+    counts = sdata["table"].obs["n_nuclei"]
+    assert counts[:4].notna().all()
+    assert counts[4:].isna().all()
+    hx.pp.segment_nuclei(sdata, shapes_key="more", n_jobs=1)
+    counts = sdata["table"].obs["n_nuclei"]
+    assert counts.dtype == np.int64
+    assert np.array_equal(counts[:4], counts[4:])
+
+
+BAD = {
+    "unknown method": ({"method": "stardist"}, MissingKeyError, "stardist"),
+    "missing file": ({"method": "nowhere.npy"}, MissingKeyError, "nowhere.npy"),
+    "labels of another size": ({"method": np.zeros((5, 7), int)}, DataValueError, "7 × 5 px"),
+    "float labels": ({"method": np.zeros((SIDE, SIDE))}, DataTypeError, "float64"),
+    "a mask": ({"method": np.zeros((SIDE, SIDE), bool)}, DataTypeError, "number the nuclei"),
+    "no nuclei": ({"method": np.zeros((SIDE, SIDE), int)}, DataValueError, "no nuclei"),
+    "a number": ({"method": 3}, DataTypeError, "int"),
+    "negative diameter": ({"diameter_um": -1}, DataValueError, "diameter_um=-1"),
+    "coarse": ({"mpp": 4.0}, ScaleError, "2.0 px"),
+    "too fine": ({"mpp": 0.1}, ScaleError, "enlarge"),
+    "mpp with labels": ({"method": np.ones((SIDE, SIDE), int), "mpp": 0.5}, DataValueError, "labels have one"),
+    "no weights": ({"method": "cellpose", "model": "nowhere"}, MissingWeightsError, "nowhere"),
+    "weights for watershed": ({"model": "nowhere"}, DataValueError, "cellpose"),
+    "no image": ({"image_key": "absent"}, MissingKeyError, "absent"),
+    "taken name": ({"key_added": "spots"}, DataValueError, "spots"),
+    "bad function": ({"method": lambda rgb: np.zeros((2, 2), int)}, DataValueError, "shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_typed_error_and_changes_nothing(scene, case: str) -> None:
+    arguments, error, message = BAD[case]
+    sdata = make(scene[0])
+    with pytest.raises(error, match=message):
+        hx.pp.segment_nuclei(sdata, **arguments)
+    assert {name for _, name, _ in sdata.gen_elements()} == {"image", "spots", "table"}
+    assert list(sdata["table"].obs) == ["region", "spot_id"]
+
+
+def test_a_blank_slide_has_no_nuclei_and_says_so() -> None:
+    sdata = make(np.full((SIDE, SIDE, 3), 240, np.uint8))
+    with pytest.raises(DataValueError, match="no nuclei"):
+        hx.pp.segment_nuclei(sdata)
+    assert "n_nuclei" not in sdata["table"].obs
+
+
+def test_an_unknown_scale_is_an_error(scene) -> None:
+    with pytest.raises(ScaleError, match="set_scale"):
+        hx.pp.segment_nuclei(make(scene[0], mpp=None))
+
+
+def test_labels_elsewhere_are_refused(scene) -> None:
+    from spatialdata.transformations import Translation
+
+    sdata = make(scene[0])
+    sdata["mine"] = Labels2DModel.parse(
+        scene[1], dims=("y", "x"), transformations={"global": Translation([50, 0], axes=("x", "y"))}
+    )
+    with pytest.raises(GeometryError, match="do not cover"):
+        hx.pp.segment_nuclei(sdata, "mine")
+    sdata["other"] = Labels2DModel.parse(scene[1], dims=("y", "x"), transformations={"elsewhere": Identity()})
+    with pytest.raises(GeometryError, match="no coordinate system"):
+        hx.pp.segment_nuclei(sdata, "other")
+
+
+def test_nuclei_of_somebody_else_are_not_overwritten(scene) -> None:
+    sdata = make(scene[0])
+    sdata["nuclei"] = sdata["spots"].copy()
+    with pytest.raises(DataValueError, match="nuclei_2"):
+        hx.pp.segment_nuclei(sdata)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hespotex.errors import DataTypeError, DataValueError, MissingKeyError
+from hespotex.segmentation import load_labels
+
+
+def test_a_label_image_is_mapped_and_not_read(tmp_path) -> None:
+    labels = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    np.save(tmp_path / "nuclei.npy", labels)
+    loaded = load_labels(tmp_path / "nuclei.npy")
+    assert isinstance(loaded, np.memmap)
+    assert np.array_equal(loaded, labels)
+
+
+def test_files_that_are_no_label_images_are_refused(tmp_path) -> None:
+    with pytest.raises(MissingKeyError, match="absent.npy"):
+        load_labels(tmp_path / "absent.npy")
+    np.save(tmp_path / "seg.npy", np.array({"masks": np.zeros((2, 2))}, dtype=object), allow_pickle=True)
+    with pytest.raises(DataValueError, match="refused"):
+        load_labels(tmp_path / "seg.npy")
+    np.save(tmp_path / "float.npy", np.zeros((2, 2)))
+    with pytest.raises(DataTypeError, match="float64"):
+        load_labels(tmp_path / "float.npy")
+    np.save(tmp_path / "mask.npy", np.zeros((2, 2), bool))
+    with pytest.raises(DataTypeError, match="number the nuclei"):
+        load_labels(tmp_path / "mask.npy")
+    np.save(tmp_path / "volume.npy", np.zeros((2, 2, 2), int))
+    with pytest.raises(DataValueError, match="two axes"):
+        load_labels(tmp_path / "volume.npy")
+    (tmp_path / "labels.tif").write_bytes(b"II")
+    with pytest.raises(DataValueError, match="not a .npy"):
+        load_labels(tmp_path / "labels.tif")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataValueError, match="no plain array"):
+        load_labels(tmp_path / "cut.npy")

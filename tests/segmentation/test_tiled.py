@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from shapely import area, is_valid
+
+from hespotex.errors import DataTypeError, DataValueError, HespotexWarning
+from hespotex.segmentation import Watershed
+from hespotex.segmentation._appearance import estimate_appearance
+from hespotex.segmentation._outline import FEATURES
+from hespotex.segmentation._sample import sample_tissue
+from hespotex.segmentation._tiled import Nuclei, rasterise, segment_slide
+
+from ._scenes import discs, lattice, matched, slide_of
+
+SHAPE = (410, 530)
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    return discs(SHAPE, lattice(SHAPE, 24, seed=3), radius=8, seed=1)
+
+
+def segment(image: np.ndarray, block_px: int, n_jobs: int = 1) -> Nuclei:
+    backend = Watershed(16.0, estimate_appearance(image))
+    return segment_slide(
+        slide_of(image),
+        lambda block: backend(block.pixels),
+        mpp=0.5,
+        halo_px=backend.halo_px,
+        block_px=block_px,
+        n_jobs=n_jobs,
+        progress_bar=False,
+    )
+
+
+@pytest.mark.parametrize("block_px", [64, 130, 256])
+def test_blocks_give_what_the_whole_image_gives(scene: tuple[np.ndarray, np.ndarray], block_px: int) -> None:
+    image, truth = scene
+    whole, tiled = segment(image, 1000), segment(image, block_px)
+    assert np.array_equal(rasterise(tiled)[:], rasterise(whole)[:])
+    assert np.array_equal(whole.regions.features, tiled.regions.features)
+    hits, n_true, n_found = matched(truth, rasterise(tiled)[:])
+    assert hits == n_true == n_found
+
+
+def test_threads_change_nothing(scene: tuple[np.ndarray, np.ndarray]) -> None:
+    image, _ = scene
+    one, three = segment(image, 128), segment(image, 128, n_jobs=3)
+    assert np.array_equal(one.regions.centroids, three.regions.centroids)
+
+
+def test_outlines_and_measures_fit_the_discs(scene: tuple[np.ndarray, np.ndarray]) -> None:
+    image, truth = scene
+    nuclei = segment(image, 200)
+    values = dict(zip(FEATURES, nuclei.regions.features.T, strict=True))
+    assert abs(np.median(values["area_um2"]) / (np.pi * 16) - 1) < 0.1
+    assert np.median(values["eccentricity"]) < 0.4
+    assert np.median(values["solidity"]) > 0.93
+    assert abs(np.median(values["major_axis_um"]) - 8) < 0.8
+    assert is_valid(nuclei.outlines()).all()
+    # Corners of pixels are cut: an outline is a little smaller than its pixels.
+    assert np.abs(area(nuclei.outlines()) / 4 / values["area_um2"] - 1).max() < 0.1
+    centres = nuclei.centroids()
+    assert (truth[centres[:, 1].astype(int), centres[:, 0].astype(int)] > 0).all()
+
+
+def test_a_backend_that_disagrees_with_itself_makes_no_doubles() -> None:
+    """A disc whose centroid shifts with the block it is seen from lies in the core of both."""
+    image = np.full((100, 200, 3), 255, np.uint8)
+
+    def backend(block) -> np.ndarray:
+        labels = np.zeros(block.pixels.shape[:2], np.int32)
+        top, left = block.y - block.halo_px, block.x - block.halo_px
+        shift = -3 if block.x == 0 else 3
+        labels[40 - top : 60 - top, 90 + shift - left : 110 + shift - left] = 1
+        return labels
+
+    nuclei = segment_slide(slide_of(image), backend, mpp=0.5, halo_px=40, block_px=100, n_jobs=1, progress_bar=False)
+    assert len(nuclei.ids) == 1
+
+
+def test_given_names_are_kept_and_order_is_along_rows() -> None:
+    labels = np.zeros((100, 100), np.int64)
+    labels[70:80, 10:20], labels[10:20, 60:70] = 7, 900_000
+    nuclei = segment_slide(
+        slide_of(np.full((100, 100, 3), 200, np.uint8)),
+        lambda block: np.pad(labels, 20)[block.y : block.y + 90, block.x : block.x + 90],
+        mpp=0.5,
+        halo_px=20,
+        block_px=50,
+        n_jobs=1,
+        keep_names=True,
+        progress_bar=False,
+    )
+    assert nuclei.ids.tolist() == [900_000, 7]
+    assert np.array_equal(rasterise(nuclei)[:], labels)
+    assert nuclei.centroids().tolist() == [[65, 15], [15, 75]]
+
+
+def test_nuclei_beyond_the_surroundings_are_reported() -> None:
+    def backend(block) -> np.ndarray:
+        return np.ones(block.pixels.shape[:2], np.int32)
+
+    image = np.full((200, 200, 3), 200, np.uint8)
+    with pytest.warns(HespotexWarning, match="were cut"):
+        segment_slide(slide_of(image), backend, mpp=0.5, halo_px=5, block_px=50, n_jobs=1, progress_bar=False)
+
+
+def test_a_bad_backend_is_named() -> None:
+    image = np.full((50, 50, 3), 200, np.uint8)
+    options = {"mpp": 0.5, "halo_px": 5, "n_jobs": 1, "progress_bar": False}
+    with pytest.raises(DataValueError, match="shape"):
+        segment_slide(slide_of(image), lambda block: np.zeros((3, 3), int), **options)
+    with pytest.raises(DataTypeError, match="float64"):
+        segment_slide(slide_of(image), lambda block: np.zeros(block.pixels.shape[:2]), **options)
+    with pytest.raises(DataValueError, match="halo_px=0"):
+        segment_slide(slide_of(image), lambda block: None, **{**options, "halo_px": 0})
+
+
+def test_a_coarser_grid_gives_outlines_in_level_0_pixels() -> None:
+    image, truth = discs((400, 400), np.array([[200.0, 100.0], [300, 300]]), 16)
+    backend = Watershed(16.0, estimate_appearance(image))
+    nuclei = segment_slide(
+        slide_of(image, 0.25), lambda block: backend(block.pixels), mpp=0.5, halo_px=80, n_jobs=1, progress_bar=False
+    )
+    assert np.allclose(nuclei.centroids(), [[200, 100], [300, 300]], atol=1)
+    assert np.allclose(area(nuclei.outlines()), np.pi * 256, rtol=0.1)
+
+
+def test_the_sample_is_taken_from_tissue_and_not_from_glass() -> None:
+    image = np.full((3200, 3200, 3), 240, np.uint8)
+    part, _ = discs((640, 960), lattice((640, 960), 30), 8)
+    image[1280:1920, 640:1600] = part
+    pixels = sample_tissue(slide_of(image, chunk=800), 0.5)
+    assert (pixels[:, 0] < 150).mean() > 0.1
+    assert len(pixels) < 0.2 * image[..., 0].size
+    assert estimate_appearance(pixels).has_nuclei
