@@ -17,7 +17,7 @@ Graph = Literal["lattice", "legacy"]
 GateOrder = Literal["joint", "sequential"]
 Tying = Literal["shared", "legacy"]
 LayerOrder = Literal["parallel", "chained"]
-Skip = Literal["none", "ridge"]
+Regression = Literal["none", "linear", "kernel"]
 Stopping = Literal["fixed", "inner"]
 Output = Literal["none", "clip", "shift"]
 
@@ -29,7 +29,7 @@ _CHOICES: dict[str, Any] = {
     "gate_order": GateOrder,
     "gate_tying": Tying,
     "layer_order": LayerOrder,
-    "skip": Skip,
+    "regression": Regression,
     "stopping": Stopping,
     "output": Output,
 }
@@ -87,9 +87,16 @@ class HESpotExConfig:
     target_ranks
         Learn principal components of the training targets in place of the genes: as many as the best of these
         candidates, by a ridge regression on left-out training groups; empty: the genes.
-    skip
-        ``"ridge"``: the networks learn what a ridge regression on the same inputs leaves over on groups it has not
-        seen.
+    center_targets
+        Learn each section's expression about its own mean and predict about the mean of all: the level of a section
+        is a matter of depth and staining, and inputs centred per section cannot tell it.
+    regression
+        A regression in closed form on the same inputs that joins the networks: ``"linear"`` (ridge), ``"kernel"``
+        (with a Gaussian kernel beside the linear one), or ``"none"``.
+    regression_share
+        Its share of the prediction.
+    n_landmarks
+        Training observations that the kernel is spanned by.
     n_members
         Networks trained side by side, whose predictions are averaged.
     epochs, lr, weight_decay
@@ -121,25 +128,28 @@ class HESpotExConfig:
     gate_graph: Graph = "lattice"
     gate_order: GateOrder = "joint"
     gate_tying: Tying = "shared"
-    gate_hidden: int = 512
-    gate_epochs: int = 100
+    gate_hidden: int = 128
+    gate_epochs: int = 30
     gate_lr: float = 1e-3
     gate_weight_decay: float = 1e-4
     gate_clip: float = 5.0
     width: int = 64
     head_width: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.2
     n_layers: int = 4
     layer_order: LayerOrder = "parallel"
     jk_hidden: int | None = 64
     scale_genes: bool = False
-    target_ranks: tuple[int, ...] = (5, 10, 20)
-    skip: Skip = "ridge"
+    target_ranks: tuple[int, ...] = (5, 8, 16, 32)
+    center_targets: bool = True
+    regression: Regression = "kernel"
+    regression_share: float = 0.5
+    n_landmarks: int = 1024
     n_members: int = 3
     epochs: int = 30
     lr: float = 1e-3
-    weight_decay: float = 1e-3
-    stopping: Stopping = "inner"
+    weight_decay: float = 1e-2
+    stopping: Stopping = "fixed"
     inner_folds: int = 3
     output: Output = "clip"
     mixed_precision: bool = True
@@ -160,10 +170,13 @@ class HESpotExConfig:
                 raise DataValueError(f"{each.name}={value!r} must be at least {least}")
         if not 0 <= self.dropout < 1:
             raise DataValueError(f"dropout={self.dropout!r} must be in [0, 1)")
-        if self.nuclei.startswith("multiply") and (self.target_ranks or self.scale_genes or self.skip != "none"):
+        if not 0 <= self.regression_share <= 1:
+            raise DataValueError(f"regression_share={self.regression_share!r} must be in [0, 1]")
+        own_scale = self.target_ranks or self.scale_genes or self.center_targets or self.regression != "none"
+        if self.nuclei.startswith("multiply") and own_scale:
             raise DataValueError(
-                f"nuclei={self.nuclei!r} multiplies expression itself: it goes with target_ranks=(), scale_genes=False "
-                "and skip='none'"
+                f"nuclei={self.nuclei!r} multiplies expression itself: it goes with target_ranks=(), scale_genes=False, "
+                "center_targets=False and regression='none'"
             )
 
     @property
@@ -189,6 +202,7 @@ _LEAST: dict[str, float] = {
     "head_width": 1,
     "n_layers": 1,
     "jk_hidden": 1,
+    "n_landmarks": 2,
     "n_members": 1,
     "epochs": 1,
     "inner_folds": 2,
@@ -211,16 +225,19 @@ PAPER = HESpotExConfig(
     gate_graph="legacy",
     gate_order="sequential",
     gate_tying="legacy",
+    gate_hidden=512,
     gate_epochs=500,
     head_width=1024,
     dropout=0.0,
     jk_hidden=None,
     scale_genes=False,
     target_ranks=(),
-    skip="none",
+    center_targets=False,
+    regression="none",
     n_members=1,
     epochs=30,
     stopping="fixed",
     output="shift",
+    weight_decay=1e-3,
     mixed_precision=False,
 )

@@ -49,7 +49,7 @@ class ImageItem(NamedTuple):
 
 def new_members(config: HESpotExConfig, n_features: int, n_out: int) -> nn.ModuleList:
     """Untrained members of the ensemble, from the present random state."""
-    members = nn.ModuleList(
+    return nn.ModuleList(
         ImageStream(
             n_features,
             n_out,
@@ -62,14 +62,6 @@ def new_members(config: HESpotExConfig, n_features: int, n_out: int) -> nn.Modul
         )
         for _ in range(config.n_members)
     )
-    if config.skip != "none":
-        # The networks start from nothing and add to the regression.
-        for member in members:
-            last = [member.gene_head.fc2, member.reader.out]
-            for layer in last:
-                for parameter in layer.parameters():
-                    nn.init.zeros_(parameter)
-    return members
 
 
 def fit_image_stream(

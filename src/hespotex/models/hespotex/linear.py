@@ -1,4 +1,4 @@
-"""Ridge regression onto the target space: what the networks start from."""
+"""Regression onto the target space in closed form, linear or with a kernel, which joins the networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...data.section import Section
     from .._inner import InnerFold
 
-__all__ = ["RidgeSkip"]
+__all__ = ["KernelFeatures", "Regression"]
 
 # As multiples of the number of observations times the mean variance of a feature.
 PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-3.0, 1.75, 0.5))
@@ -23,8 +23,65 @@ _FALLBACK = 0.1  # where there is nothing to choose on
 _SCORE_ROWS = 2048  # of each held-out section, evenly spread
 
 
+_KERNEL_WEIGHT = 2.0  # of the Gaussian kernel beside the linear one; both are 1 on the diagonal
+_MEDIAN_ROWS = 1024  # landmarks that the width of the kernel is taken from
+
+
 @dataclass(frozen=True, eq=False)
-class RidgeSkip:
+class KernelFeatures:
+    """Linear features beside those of a Gaussian kernel (Nyström's approximation, exact if all rows are landmarks).
+
+    Attributes
+    ----------
+    landmarks
+        Training observations that the kernel is spanned by, (m, d) float32.
+    projection
+        Inverse square root of the landmarks' kernel matrix, (m, m') float32.
+    width
+        Squared distance at which the kernel falls to 1/e.
+    """
+
+    landmarks: np.ndarray
+    projection: np.ndarray
+    width: float
+
+    @classmethod
+    def fit(cls, features: Sequence[np.ndarray], n_landmarks: int) -> Self:
+        """Take evenly spread rows of `features` as landmarks and the median of their squared distances as width."""
+        from scipy.linalg import eigh
+
+        step = -(-sum(map(len, features)) // n_landmarks)
+        landmarks = np.concatenate([each[::step] for each in features])
+        distances = _squared_distances(landmarks, landmarks)
+        several = distances[:_MEDIAN_ROWS, :_MEDIAN_ROWS]
+        width = float(np.median(several[several > 0])) if (several > 0).any() else 1.0
+        values, vectors = eigh(np.exp(-distances / width, dtype=np.float64), check_finite=False)
+        kept = values > 1e-6 * values[-1]
+        return cls(landmarks, (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32), width)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(n, d) → (n, d + m')."""
+        kernel = np.exp(-_squared_distances(features, self.landmarks) / self.width) @ self.projection
+        linear = features / np.float32(np.sqrt(features.shape[1]))
+        return np.concatenate([linear, np.float32(np.sqrt(_KERNEL_WEIGHT)) * kernel], axis=1)
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Arrays and plain values."""
+        return {"landmarks": self.landmarks, "projection": self.projection}, {"width": self.width}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, np.ndarray], values: Mapping[str, float]) -> Self:
+        """Inverse of :meth:`state`."""
+        return cls(arrays["landmarks"], arrays["projection"], values["width"])
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None]
+    return np.maximum(squares - 2 * (a @ b.T), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
     """Ridge regression from the image stream's features to the target space.
 
     Attributes
@@ -45,7 +102,7 @@ class RidgeSkip:
         folds: Sequence[InnerFold],
         space: TargetSpace,
         ranks: Sequence[int],
-    ) -> tuple[Self, list[np.ndarray], int]:
+    ) -> tuple[Self, int]:
         """Choose penalty and rank on `folds`, fit on all.
 
         Parameters
@@ -63,17 +120,14 @@ class RidgeSkip:
 
         Returns
         -------
-        The regression on all sections; what is predicted for each section while its fold is left out, (n, rank): the
-        networks must learn what ridge misses on tissue it has *not* seen; and the rank.
+        The regression on all sections, and the rank.
         """
         ranks = [rank for rank in ranks if rank < space.width] + [space.width]
         whole = {index: np.arange(len(each)) for index, each in enumerate(features)}
         total = _Sums.over(features, targets, whole)
         scores: list[np.ndarray] = []
-        apart: list[tuple[InnerFold, _Ridge]] = []
         for fold in folds:
             ridge = _Ridge.of(total - _Sums.over(features, targets, fold.held_out))
-            apart.append((fold, ridge))
             for index, held in fold.held_out.items():
                 rows = held[np.linspace(0, len(held) - 1, min(len(held), _SCORE_ROWS)).astype(np.int64)]
                 measured = sections[index].require_targets()[rows]
@@ -83,18 +137,8 @@ class RidgeSkip:
         if known:
             best = np.unravel_index(np.argmax(np.mean(known, axis=0)), known[0].shape)
             penalty, rank = PENALTIES[best[0]], ranks[best[1]]
-        fitted = cls._solved(_Ridge.of(total), penalty, rank)
-        unseen = [fitted(each) for each in features]
-        for fold, ridge in apart:
-            regression = cls._solved(ridge, penalty, rank)
-            for index, rows in fold.held_out.items():
-                unseen[index][rows] = regression(features[index][rows])
-        return fitted, unseen, rank
-
-    @classmethod
-    def _solved(cls, ridge: _Ridge, penalty: float, rank: int) -> Self:
-        weights, intercept = ridge.solve(penalty)
-        return cls(weights[:, :rank].astype(np.float32), intercept[:rank].astype(np.float32))
+        weights, intercept = _Ridge.of(total).solve(penalty)
+        return cls(weights[:, :rank].astype(np.float32), intercept[:rank].astype(np.float32)), rank
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(n, d) → (n, width)."""

@@ -24,7 +24,7 @@ from .expression import spot_embeddings
 from .image import NAME as IMAGE
 from .image import ImageItem, fit_image_stream, new_members
 from .inputs import ImageInputs, Inputs, gate_edges
-from .linear import RidgeSkip
+from .linear import KernelFeatures, Regression
 from .targets import TargetSpace
 
 if TYPE_CHECKING:
@@ -94,29 +94,28 @@ class HESpotEx(Model[HESpotExConfig]):
         inputs = [self._inputs(section) for section in sections]
         targets = [self._space.read(section.require_targets()) for section in sections]
         self.history = []
-        self._skip = None
-        unseen = [np.float32(0.0)] * len(sections)
-        if self.config.skip == "ridge" or len(ranks) > 1:
-            features = [each.features for each in inputs]
+        if self.config.center_targets:
+            targets = [target - target.mean(axis=0) for target in targets]
+        features = [each.features for each in inputs]
+        self._n_inputs = int(features[0].shape[1])
+        self._kernel = self._regression = None
+        if self.config.regression != "none" or len(ranks) > 1:
+            if self.config.regression == "kernel":
+                self._kernel = KernelFeatures.fit(features, self.config.n_landmarks)
+                features = [self._kernel(each) for each in features]
             folds = inner_folds(sections)[1]
-            skip, known, rank = RidgeSkip.fit(sections, features, targets, folds, self._space, ranks)
+            regression, rank = Regression.fit(sections, features, targets, folds, self._space, ranks)
             self._space, targets = self._space.truncated(rank), [target[:, :rank] for target in targets]
-            if self.config.skip == "ridge":
-                self._skip, unseen = skip, known
+            if self.config.regression != "none":
+                self._regression = regression
         spots = self._fit_expression_stream(sections, targets, run)
-        targets = [target - known for target, known in zip(targets, unseen, strict=True)]
         items = [_item(*parts) for parts in zip(inputs, targets, spots, strict=True)]
-        self._n_inputs = int(inputs[0].features.shape[1])
-        epochs, curve = self.config.epochs, []
-        if self.config.stopping == "inner":
-            epochs, curve = self._choose_epochs(sections, items, run)
-        self._members = self._new_members(run.seed if epochs else None)
-        if epochs:
-            fit = fit_image_stream(self.config, self._members, items, run, epochs=epochs)
-            self.history += [
-                {**row, **({"val_mse": curve[index]} if curve else {})} for index, row in enumerate(fit.history)
-            ]
-        self._members.eval()
+        epochs, curve = self._choose_epochs(sections, items, run)
+        self._members = self._new_members(run.seed)
+        fit = fit_image_stream(self.config, self._members, items, run, epochs=epochs)
+        self.history += [
+            {**row, **({"val_mse": curve[index]} if curve else {})} for index, row in enumerate(fit.history)
+        ]
         for name in (EXPRESSION, IMAGE):
             forget_checkpoints(run, name)
         return self
@@ -136,20 +135,23 @@ class HESpotEx(Model[HESpotExConfig]):
             mean = self._decode(inputs, encoded, rows, device) - floor
             if self.config.output == "clip":
                 np.maximum(mean, 0.0, out=mean)
-            latent = torch.cat([embedding[rows] for embedding, _ in encoded], dim=1).cpu().numpy() if encoded else None
+            latent = torch.cat([embedding[rows] for embedding, _ in encoded], dim=1).cpu().numpy()
             yield Prediction(np.asarray(section.ids)[rows], self.genes, self.unit, mean, latent=latent)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Networks, input scales, target space and regression; the expression stream is needed for training only."""
         input_arrays, input_values = self._inputs.state()
+        kernel_arrays, kernel_values = ({}, {}) if self._kernel is None else self._kernel.state()
         parts = {
+            "kernel": kernel_arrays,
             "inputs": input_arrays,
             "space": self._space.state(),
-            "skip": {} if self._skip is None else self._skip.state(),
+            "regression": {} if self._regression is None else self._regression.state(),
             "members": {name: tensor.cpu().numpy() for name, tensor in self._members.state_dict().items()},
         }
         arrays = {f"{part}.{name}": array for part, each in parts.items() for name, array in each.items()}
-        return arrays, {"inputs": input_values, "n_inputs": self._n_inputs, "n_members": len(self._members)}
+        values = {"inputs": input_values, "kernel": kernel_values}
+        return arrays, {**values, "n_inputs": self._n_inputs}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
@@ -159,16 +161,16 @@ class HESpotEx(Model[HESpotExConfig]):
 
         self._inputs = Inputs.from_state(self.config, part("inputs"), values["inputs"])
         self._space = TargetSpace.from_state(part("space"))
-        self._skip = RidgeSkip.from_state(part("skip")) if self.config.skip == "ridge" else None
+        self._regression = Regression.from_state(part("regression")) if self.config.regression != "none" else None
+        kernel = part("kernel")
+        self._kernel = KernelFeatures.from_state(kernel, values["kernel"]) if kernel else None
         self._n_inputs = int(values["n_inputs"])
-        self._members = self._new_members(0 if values["n_members"] else None)
+        self._members = self._new_members(0)
         self._members.load_state_dict({name: torch.tensor(array) for name, array in part("members").items()})
         self._members.eval()
 
-    def _new_members(self, seed: int | None) -> nn.ModuleList:
-        """Networks with the initial weights of `seed`; none for ``None``."""
-        if seed is None:
-            return torch.nn.ModuleList()
+    def _new_members(self, seed: int) -> nn.ModuleList:
+        """Networks with the initial weights of `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return new_members(self.config, self._n_inputs, self._space.width)
@@ -204,7 +206,7 @@ class HESpotEx(Model[HESpotExConfig]):
         self, sections: Sequence[Section], items: Sequence[ImageItem], run: Run
     ) -> tuple[int, list[float]]:
         """Number of epochs with the least error on left-out groups, and the error after each epoch."""
-        folds = inner_folds(sections)[1]
+        folds = inner_folds(sections)[1] if self.config.stopping == "inner" else []
         if not folds:
             return self.config.epochs, []
         chosen = [
@@ -225,12 +227,11 @@ class HESpotEx(Model[HESpotExConfig]):
                 validation=held,
                 name=f"{IMAGE}, inner fold {number + 1}",
             )
-            nothing = np.mean([float(_centred(item).square().mean()) for item in held])
-            curves.append([nothing if self._skip is not None else np.inf, *(row["val_mse"] for row in fit.history)])
+            curves.append([row["val_mse"] for row in fit.history])
         curve = np.mean(curves, axis=0)
-        best = int(np.argmin(curve))
+        best = int(np.argmin(curve)) + 1
         logger.info("hespotex: %d of at most %d epochs chosen on left-out training groups", best, self.config.epochs)
-        return best, [float(value) for value in curve[1:]]
+        return best, curve.tolist()
 
     def _neighbourhood(
         self, member: Any, inputs: ImageInputs, device: torch.device, block_rows: int
@@ -252,10 +253,12 @@ class HESpotEx(Model[HESpotExConfig]):
                 member.decode(embedding[rows], steps[:, rows], factor)
                 for member, (embedding, steps) in zip(self._members, encoded, strict=True)
             ]
-            values = torch.stack(outputs).mean(dim=0).float().cpu().numpy() if outputs else None
-        if self._skip is not None:
-            known = self._skip(inputs.features[rows])
-            values = known if values is None else known + values
+            values = torch.stack(outputs).mean(dim=0).float().cpu().numpy()
+        if self._regression is not None:
+            features = inputs.features[rows]
+            closed = self._regression(features if self._kernel is None else self._kernel(features))
+            share = np.float32(self.config.regression_share)
+            values = (1 - share) * values + share * closed
         return self._space.decode(values)
 
 
@@ -276,8 +279,3 @@ def _item(inputs: ImageInputs, target: np.ndarray, spots: np.ndarray | None) -> 
 def _restricted(item: ImageItem, rows: np.ndarray) -> ImageItem:
     """The item with only `rows` counted."""
     return item if len(rows) == len(item.target) else item._replace(rows=torch.from_numpy(rows))
-
-
-def _centred(item: ImageItem) -> Tensor:
-    target = item.target if item.rows is None else item.target[item.rows]
-    return target - target.mean(dim=0)

@@ -51,8 +51,12 @@ class TargetSpace:
         varies = variance > 1e-8
         scale = np.where(varies, np.sqrt(variance), 1.0) if scale_genes else np.ones(n_genes)
         basis = None
-        if rank is not None and rank < n_genes:
-            basis = _leading(within / np.outer(scale, scale), rank).astype(np.float32)
+        if rank is not None:
+            covariance = within / n / np.outer(scale, scale)
+            basis = _leading(covariance, min(rank, n_genes))
+            # One unit for all components: the leading ones, which carry most, weigh most in the loss.
+            scale *= np.sqrt(max(np.einsum("gr,gh,hr->", basis, covariance, basis) / basis.shape[1], 1e-12))
+            basis = basis.astype(np.float32)
         return cls((total / n).astype(np.float32), scale.astype(np.float32), basis)
 
     def truncated(self, rank: int) -> Self:
