@@ -22,7 +22,7 @@ __all__ = ["run_demo"]
 Step = Callable[[str], AbstractContextManager[None]]
 KEYS = ("hespotex", "ridge")
 PROGRAMS = ("tumour", "fibroblast", "t_cell")  # one marker of each is drawn, chosen before any score is known
-PATIENTS_MARK = ".hespotex-demo"
+MARK = ".hespotex-demo"  # tells a folder of ours, which may be written over, from anybody else's
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
 
     from . import datasets, pp, settings, tl
 
-    mark = out / PATIENTS_MARK
+    mark = out / MARK
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not mark.exists())):
         raise DataValueError(f"--out {out} holds other files; name a folder that is empty or does not exist")
     out.mkdir(parents=True, exist_ok=True)
@@ -141,9 +141,9 @@ def _draw(
 
     from . import pl
 
-    pl.spatial(test, genes, "hespotex", save=out / "held_out_patient.png")
+    pl.spatial(test, genes, "hespotex", size=0.8, save=out / "held_out_patient.png")
     pl.predicted_vs_measured(test, genes, "hespotex", save=out / "predicted_vs_measured.png")
-    pl.spatial(slide, genes, save=out / "image_only_slide.png")
+    pl.spatial(slide, genes, size=0.8, save=out / "image_only_slide.png")
     pl.gene_correlation(
         scores, title=f"one unseen patient, {len(train)} for training", save=out / "gene_correlation.png"
     )

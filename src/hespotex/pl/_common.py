@@ -67,7 +67,7 @@ def stored_score(pred: AnnData, gene: str) -> str:
     name = Keys.derived(key, "pearson")
     if name not in pred.var or pd.isna(pred.var[name].get(gene, np.nan)):
         return ""
-    protocol = entry.get("protocol") or "protocol not recorded"
+    protocol = entry.get("protocol") or "this section"
     return f"r = {pred.var[name][gene]:.2f} ({protocol})"
 
 

@@ -106,18 +106,16 @@ def gene_correlation(
     if ceiling and metric in CORRELATIONS and SPLIT_HALF in scores and scores[SPLIT_HALF].notna().any():
         halves = _per_gene(scores, SPLIT_HALF, by=("gene",))  # measurement alone: the same for every model
         value = noise_ceiling(halves.to_numpy()).mean_first
-        ax.axvline(value, color="black", linestyle="--", linewidth=1, label=f"noise ceiling {value:.2f}")
-        ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
+        ax.axvline(value, color="black", linestyle="--", linewidth=1)
+        label = f"noise ceiling {value:.2f}"
+        ax.annotate(label, (value, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_xlabel("Pearson r per gene, within sections" if metric == "pearson" else f"{metric} per gene")
     n_genes = per_gene[order[0]].size
-    default = scores.attrs.get("protocol", "")
-    ax.set_title(
-        title if title is not None else f"{n_genes} genes" + (f", {default}" if default else ""),
-        fontsize=9,
-        loc="right",
-    )
+    protocol = scores.attrs.get("protocol", "")
+    default = f"{n_genes} genes" + (f", {protocol}" if protocol else "")
+    ax.set_title(default if title is None else title, fontsize=9, loc="left", pad=18)  # above the ceiling's label
     save_figure(ax.figure, save)
     return ax
 
