@@ -34,7 +34,7 @@ class Size:
     n_genes: int
 
 
-FULL = Size(n_train=5, size_px=2000, n_genes=160)
+FULL = Size(n_train=5, size_px=1800, n_genes=120)
 QUICK = Size(n_train=3, size_px=1200, n_genes=80)
 
 
@@ -198,7 +198,7 @@ Tissue, tiles and features were made with the parameters that the model carries.
 import hespotex as hx
 
 for sdata in sections:                         # SpatialData with H&E and counts
-    hx.pp.segment_nuclei(sdata); hx.pp.embed(sdata); hx.pp.spatial_graph(sdata)
+    hx.pp.embed(sdata); hx.pp.spatial_graph(sdata)
 model = hx.tl.train(sections, "hespotex")
 hx.tl.predict(slide, model)                    # a slide with no expression at all
 ```

@@ -112,17 +112,17 @@ def train(
     """Train a model on sections that have image and expression, and save it. The stores are not changed."""
     from . import models, tl
 
-    needs = models.get(model).info.needs
+    unfitted = models.create(model, preset=preset)
     if out.exists() and not overwrite:
         raise DataValueError(f"--out {out} exists; add --overwrite to replace it")
     data = []
     for path in sections:
         with _step(f"Preparing {path.name}"):
             sdata = _read(path)
-            _prepare(sdata, needs, encoder)
+            _prepare(sdata, unfitted.info.needs, encoder)
         data.append(sdata)
     with _step(f"Training {model} on {len(data)} sections"):
-        fitted = tl.train(data, model, preset=preset, n_top_genes=n_top_genes, seed=seed, progress_bar=False)
+        fitted = tl.train(data, unfitted, n_top_genes=n_top_genes, seed=seed, progress_bar=False)
     fitted.save(out, overwrite=overwrite)
     typer.echo(f"{out}: {len(fitted.genes)} genes")
 
