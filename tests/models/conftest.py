@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +55,58 @@ def lattice_section(
 def make_section() -> Callable[..., Section]:
     """Maker of lattice sections."""
     return lattice_section
+
+
+def planted(
+    name: str = "s0",
+    n: int = 80,
+    d: int = 6,
+    n_genes: int = 4,
+    *,
+    seed: int = 0,
+    noise: float = 0.05,
+    **fields: Any,
+) -> Section:
+    """A section whose expression is one linear function of its features, plus noise, without a graph."""
+    weights = np.random.default_rng(99).normal(size=(d, n_genes))
+    rng = np.random.default_rng([seed, 1])
+    features = rng.normal(size=(n, d)).astype(np.float32)
+    counts = features @ weights + noise * rng.normal(size=(n, n_genes)) + 3.0
+    values = {
+        "ids": np.array([f"{name}-{i}" for i in range(n)]),
+        "features": features,
+        "coordinates": rng.uniform(0, 1000, size=(n, 2)),
+        "targets": Targets(counts, np.full(n, 1e4), tuple(f"g{i}" for i in range(n_genes)), unit="counts"),
+    }
+    return Section(name=name, **{**values, **fields})
+
+
+@pytest.fixture(scope="session")
+def make_planted() -> Callable[..., Section]:
+    """Maker of sections with a planted linear signal."""
+    return planted
+
+
+@pytest.fixture
+def trio() -> list[Section]:
+    """Three sections of three groups."""
+    return [planted(f"s{i}", 40 + 5 * i, seed=i, group=f"p{i}") for i in range(3)]
+
+
+@pytest.fixture(scope="session")
+def reordered() -> Callable[[Section], Section]:
+    """The same section with its observations in another order."""
+
+    def reorder(section: Section) -> Section:
+        order = np.random.default_rng(5).permutation(section.n_obs)
+        targets = section.require_targets()
+        return replace(
+            section,
+            ids=section.ids[order],
+            features=section.features[order],
+            coordinates=section.coordinates[order],
+            region=section.region[order],
+            targets=replace(targets, counts=targets.counts[order], library_size=targets.library_size[order]),
+        )
+
+    return reorder

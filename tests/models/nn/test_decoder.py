@@ -104,7 +104,9 @@ def test_checklist_19_training_steps_equal_the_published(golden, dtype, suffix, 
         assert float(align.detach()) == pytest.approx(
             recorded[f"L_align_before_each_step{suffix}"][step - 1], abs=tolerance
         )
-        assert float(mse.detach()) == pytest.approx(recorded[f"L_mse_before_each_step{suffix}"][step - 1], abs=tolerance)
+        assert float(mse.detach()) == pytest.approx(
+            recorded[f"L_mse_before_each_step{suffix}"][step - 1], abs=tolerance
+        )
         optimizer.zero_grad()
         (align + mse).backward()
         optimizer.step()
