@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataValueError
-from ..image.color import stain_tables
+from ..image.color import is_void, stain_tables
 from ..image.features import Octaves, block_mean, level_names, window_means
 from ._base import Encoder, EncoderInfo
 
@@ -21,6 +21,7 @@ __all__ = ["Morphology"]
 
 CELL_UM = 11.0  # maps finer than this are averaged to cells of about this size before windows are laid over them
 COARSEST_UM = 44.0  # pixel of the coarsest octave: glands, vessels, nests
+CONTEXT_TILES = 3.0
 HALO_CELLS = 4  # a map at the border of a block depends on less than three cells beyond it
 COLOUR_NAMES = ("h_mean", "e_mean", "residual_mean", "h_square", "e_square", "residual_square", "he_product")
 _BLOCK_PX = 1024
@@ -44,8 +45,13 @@ class Morphology(Encoder):
     """Stain, texture and nuclear statistics of a tile and of its surroundings.
 
     No weights, no randomness, no training. All maps are computed once per pixel, so that overlapping tiles and fine
-    grids cost next to nothing. Turning the image by a right angle changes no feature. The features are, each as a mean over
-    the tile and over the context (prefix ``tile_`` and ``context_``; level *j* has pixels of ``mpp * 2**j`` µm):
+    grids cost next to nothing. Turning the image by a right angle changes no feature, nor does what lies farther away
+    than the context and a few coarse pixels: stains are separated by fixed vectors, not by those of the slide, and
+    shifts between slides are left to the models, which see all features of a slide. Black pixels (masked, or never
+    scanned) count as glass.
+
+    The features are, each as a mean over the tile and over the context (prefix ``tile_`` and ``context_``; level *j*
+    has pixels of ``mpp * 2**j`` µm):
 
     ``h_mean``, ``e_mean``, ``residual_mean``, ``h_sd``, …, ``he_product``
         Amounts of haematoxylin, eosin and what is neither; their spread; their product.
@@ -65,9 +71,9 @@ class Morphology(Encoder):
     Parameters
     ----------
     tile_um
-        Side of the tile in µm.
+        Side of the tile in µm. The default suits spots 200 µm apart; about 100 µm suits those of Visium.
     context_um
-        Side of the surroundings in µm, the tile included; ``None`` for the tile alone.
+        Side of the surroundings in µm, the tile included; three tiles by default, 0 for the tile alone.
     mpp
         Working resolution in µm per pixel.
 
@@ -79,33 +85,35 @@ class Morphology(Encoder):
     Examples
     --------
     >>> from hespotex.encoders.morphology import Morphology
-    >>> Morphology(context_um=None).feature_names[:2]
+    >>> Morphology(context_um=0).feature_names[:2]
     ('tile_h_mean', 'tile_e_mean')
     """
 
     info = EncoderInfo(
         name="morphology",
         summary="stain, texture and nuclei by formulas; no weights",
-        mpp=1.376,
+        mpp=1.0,
         tile_um=160.0,
         licence="BSD-3-Clause",
     )
     name = "morphology"
 
-    def __init__(self, *, tile_um: float = 160.0, context_um: float | None = 480.0, mpp: float = 1.376) -> None:
-        for label, value in (("tile_um", tile_um), ("context_um", context_um), ("mpp", mpp)):
-            if value is not None and not (np.isfinite(value) and value > 0):
+    def __init__(self, *, tile_um: float = 160.0, context_um: float | None = None, mpp: float = 1.0) -> None:
+        for label, value in (("tile_um", tile_um), ("mpp", mpp)):
+            if not (np.isfinite(value) and value > 0):
                 raise DataValueError(f"{label}={value!r} must be a positive number")
-        if context_um is not None and context_um < tile_um:
-            raise DataValueError(f"context_um={context_um!r} is smaller than tile_um={tile_um!r}; None leaves it out")
-        self.tile_um, self.mpp = float(tile_um), float(mpp)
-        self.context_um = None if context_um is None else float(context_um)
+        context_um = CONTEXT_TILES * tile_um if context_um is None else context_um
+        if context_um != 0 and not tile_um <= context_um < np.inf:
+            raise DataValueError(
+                f"context_um={context_um!r} must be at least tile_um={tile_um!r}, or 0 to leave it out"
+            )
+        self.tile_um, self.context_um, self.mpp = float(tile_um), float(context_um), float(mpp)
         self._fine = max(int(np.rint(np.log2(CELL_UM / self.mpp))), 0)
         self._levels = max(int(np.rint(np.log2(COARSEST_UM / self.mpp))), self._fine) + 1
         if self._fine < 1:
             raise DataValueError(f"mpp={mpp!r} is too coarse for texture; use {CELL_UM / 2:g} µm/px or finer")
         self._windows = {"tile": self.tile_um}
-        if self.context_um is not None:
+        if self.context_um:
             self._windows["context"] = self.context_um
         self._map_names = [*COLOUR_NAMES, *(name for level in range(self._levels) for name in level_names(level))]
         self._tables = stain_tables()
@@ -207,6 +215,7 @@ class Morphology(Encoder):
             np.take(table[0], pixels[..., 0], out=dyes[dye])
             dyes[dye] += table[1][pixels[..., 1]]
             dyes[dye] += table[2][pixels[..., 2]]
+        dyes[:, is_void(pixels)] = 0
         maps = [block_mean(dyes, cell), block_mean(dyes * dyes, cell), block_mean(dyes[:1] * dyes[1:2], cell)]
         octaves = Octaves(dyes[:2])
         for level in range(self._fine):

@@ -18,6 +18,7 @@ __all__ = [
     "deconvolve",
     "estimate_stains",
     "haematoxylin",
+    "is_void",
     "optical_density",
     "stain_tables",
 ]
@@ -28,6 +29,7 @@ HE_VECTORS: Final = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]]) / n
 )
 
 _WHITE: Final = 255.0
+_VOID_BELOW: Final = 16  # no dye is opaque in all three channels; what is so dark was never scanned, or masked
 # A black pixel would be infinitely dense; half a grey level keeps 0 apart from 1 and all values finite.
 _FLOOR: Final = 0.5
 
@@ -142,6 +144,21 @@ def _apply(rgb: np.ndarray, table: np.ndarray) -> np.ndarray:
     amount += np.take(table[1], rgb[..., 1])
     amount += np.take(table[2], rgb[..., 2])
     return amount
+
+
+def is_void(rgb: np.ndarray) -> np.ndarray:
+    """Whether pixels are black: masked by an author or left out by a scanner, not the densest of tissue.
+
+    Parameters
+    ----------
+    rgb
+        Image, (..., 3) uint8.
+
+    Returns
+    -------
+    (...) bool.
+    """
+    return np.maximum(np.maximum(rgb[..., 0], rgb[..., 1]), rgb[..., 2]) < _VOID_BELOW
 
 
 def estimate_stains(
