@@ -34,8 +34,8 @@ def test_equals_scikit_learn(make_planted, d, penalty):
 def test_components_equal_regression_on_scores(make_planted, d):
     section = make_planted("s", 90, d, seed=1)
     x, y = stacked([section])
-    z = StandardScaler().fit_transform(x)
-    pca = PCA(5).fit(z)
+    z = StandardScaler().fit_transform(x.astype(np.float64))
+    pca = PCA(5, svd_solver="full").fit(z)
     reference = SklearnRidge(alpha=0.3 * len(x)).fit(pca.transform(z), y)
     model = models.create("ridge", penalties=[0.3], components=[5]).fit([section])
     np.testing.assert_allclose(model.predict(section).mean, reference.predict(pca.transform(z)), atol=2e-4)

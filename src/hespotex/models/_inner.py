@@ -9,13 +9,14 @@ from typing import Self
 import numpy as np
 
 from ..data.section import Rows, Section, rows_of
-from ..errors import DataValueError
+from ..errors import CheckpointError, DataValueError
 
 __all__ = [
     "InnerFold",
     "Scaler",
     "gene_correlation",
     "inner_folds",
+    "of_shape",
     "read_features",
     "row_blocks",
     "within_section_score",
@@ -161,6 +162,16 @@ def gene_correlation(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     scale = np.sqrt(np.where(defined & varies, yy * pp, 1.0))
     r = np.where(varies, (y * p).mean(axis=0) / scale, 0.0)
     return np.where(defined, r, np.nan)
+
+
+def of_shape(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> np.ndarray:
+    """A stored array, or an error if it has not the shape that genes and features ask for; ``None``: any length."""
+    array = np.asarray(array)
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        raise CheckpointError(
+            f"the saved model's {name!r} has shape {array.shape}, its genes and features ask for {shape}"
+        )
+    return array
 
 
 def within_section_score(measured: Rows, predicted: np.ndarray) -> float:

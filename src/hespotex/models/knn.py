@@ -12,7 +12,7 @@ from .._logging import logger
 from ..data.section import Prediction, Section
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
-from ._inner import Scaler, inner_folds, read_features, row_blocks, within_section_score
+from ._inner import Scaler, inner_folds, of_shape, read_features, row_blocks, within_section_score
 from ._registry import register
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ class KNN(Model[KNNConfig]):
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
-        self._bank, self._values = np.asarray(arrays["features"]), np.asarray(arrays["expression"])
+        self._bank = of_shape(arrays["features"], (None, self.n_features), "features")
+        self._values = of_shape(arrays["expression"], (len(self._bank), len(self.genes)), "expression")
         self._scaler = Scaler.from_state(arrays)
         self.neighbours, self.metric = int(values["neighbours"]), str(values["metric"])
         self.choices, self._chosen_by = values["choices"], values["chosen_by"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.section import Prediction, Section
 from ._base import Model, ModelInfo, Run
-from ._inner import row_blocks
+from ._inner import of_shape, row_blocks
 from ._registry import register
 
 __all__ = ["Mean", "MeanConfig"]
@@ -70,4 +70,4 @@ class Mean(Model[MeanConfig]):
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Take the means."""
-        self._mean = np.asarray(arrays["mean"])
+        self._mean = of_shape(arrays["mean"], (len(self.genes),), "mean")

@@ -17,7 +17,7 @@ from .._logging import logger
 from ..data.section import Prediction, Section
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
-from ._inner import Scaler, gene_correlation, inner_folds, read_features, row_blocks
+from ._inner import Scaler, gene_correlation, inner_folds, of_shape, read_features, row_blocks
 from ._registry import register
 
 __all__ = ["Ridge", "RidgeConfig"]
@@ -201,7 +201,9 @@ class Ridge(Model[RidgeConfig]):
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
-        self._weights, self._intercept = np.asarray(arrays["weights"]), np.asarray(arrays["intercept"])
+        genes = len(self.genes)
+        self._weights = of_shape(arrays["weights"], (self.n_features, genes), "weights")
+        self._intercept = of_shape(arrays["intercept"], (genes,), "intercept")
         self.penalty, self.components = values["penalty"], values["components"]
         self.choices, self._chosen_by = values["choices"], values["chosen_by"]
 
