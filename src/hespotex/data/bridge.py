@@ -23,7 +23,7 @@ from ..errors import (
     MissingKeyError,
     ScaleError,
 )
-from .counts import check_counts
+from .counts import check_counts, check_names
 from .section import Section, Targets
 from .tables import AnnotatedTable, resolve_slides, resolve_table, table_centres
 
@@ -238,6 +238,11 @@ def regions_of(
     """Every region of every object with its name and patient; neither embedding nor image is needed.
 
     Arguments as in :func:`views_of`.
+
+    Raises
+    ------
+    CountsError
+        If a gene, or a spot of one region, is named twice.
     """
     items = as_list(sdatas)
     if groups is not None and not isinstance(groups, str) and len(groups) != len(items):
@@ -248,6 +253,7 @@ def regions_of(
         table = resolve_table(data, table_key=table_key, shapes_key=shapes_key)
         noted = attributes(data)
         base = str(noted.get("name") or f"section{position}")
+        check_names(table.adata.var_names, f"section {base!r}: gene names")
         codes = np.unique(table.region)
         for code in codes:
             rows = np.flatnonzero(table.region == code)
@@ -255,6 +261,7 @@ def regions_of(
             while name in names:
                 name += "'"
             names.add(name)
+            check_names(table.adata.obs_names[rows], f"section {name!r}: names of spots")  # other sections may share them
             patient = _group(groups, position, table.adata, rows, noted, name)
             found.append(Region(data, table, rows, name, patient or name, patient_known=patient is not None))
     return found
@@ -328,6 +335,11 @@ def _view(
     if genes is not None:
         counts, library_size = _counts(adata, rows, genes, counts_layer, name)
         enough = library_size >= min_counts
+        if not enough.any():
+            raise DataValueError(
+                f"section {name!r}: none of its {len(rows)} observations has min_counts={min_counts} counts or more; leave "
+                "the section out, or lower min_counts"
+            )
         if not enough.all():
             warnings.warn(
                 f"section {name!r}: {int((~enough).sum())} of {len(rows)} observations have fewer than {min_counts} "
@@ -378,11 +390,6 @@ def _counts(
     if source is None:
         raise CountsError(f"section {name!r} has no counts: X is empty")
     check_counts(source, f"section {name!r}")
-    if not adata.var_names.is_unique:
-        twice = adata.var_names[adata.var_names.duplicated()][0]
-        raise CountsError(
-            f"section {name!r}: gene names must be unique, {twice!r} occurs twice; see adata.var_names_make_unique()"
-        )
     columns = adata.var_names.get_indexer(pd.Index(list(genes)))
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]

@@ -30,10 +30,12 @@ def shorten(names: list[str] | pd.Index, limit: int = 8) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def unique_spots(names: pd.Index, where: str) -> None:
-    """Raise if a spot is named twice."""
+def unique_spots(names: pd.Index, where: str, advice: str = "leave out all but one of each") -> None:
+    """Raise if a spot is named twice; `advice` says what mends it."""
     if not names.is_unique:
-        raise DataValueError(f"{where}: spots named more than once: {shorten(names[names.duplicated()].unique())}")
+        raise DataValueError(
+            f"{where}: spots named more than once: {shorten(names[names.duplicated()].unique())}; {advice}"
+        )
 
 
 def unique_genes(
@@ -67,7 +69,7 @@ def unique_genes(
 
 def unique_anndata(adata: AnnData, duplicates: Duplicates, where: str) -> AnnData:
     """`adata` with unique names; ``"sum"`` is refused, since what its layers mean is not known here."""
-    unique_spots(adata.obs_names, where)
+    unique_spots(adata.obs_names, where, "see adata.obs_names_make_unique()")
     if adata.var_names.is_unique:
         return adata
     repeated = adata.var_names[adata.var_names.duplicated()].unique()
