@@ -14,6 +14,7 @@ import hespotex as hx
 from hespotex._optional import ensure_torchvision
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which hespotex itself does not do
@@ -172,3 +173,45 @@ def fresh(sdata: SpatialData) -> SpatialData:
         tables={key: table.copy() for key, table in sdata.tables.items()},
         attrs=deepcopy(sdata.attrs),
     )
+
+
+def stored(data: SpatialData | AnnData) -> dict[tuple[str, ...], str]:
+    """Digest of everything an object holds, by place: equal before and after a call that leaves it alone.
+
+    Elements count as what SpatialData keeps of them; an image by the name of its lazy pixels and its transformations.
+    """
+    from anndata import AnnData
+    from spatialdata.transformations import get_transformation
+
+    if isinstance(data, AnnData):
+        return _stored_in_table(data)
+    found = {("attrs", key): _digest(value) for key, value in data.attrs.get("hespotex", {}).items()}
+    for name, table in data.tables.items():
+        found |= {(name, *place): digest for place, digest in _stored_in_table(table).items()}
+    for kind, name, element in data.gen_spatial_elements():
+        found["element", name] = _digest([kind, str(get_transformation(element, get_all=True)), _values(element)])
+    return found
+
+
+def _stored_in_table(table: AnnData) -> dict[tuple[str, ...], str]:
+    found = {("X",): _digest(table.X), ("names",): _digest([*table.obs_names, *table.var_names])}
+    for slot in ("obs", "var", "obsm", "obsp", "layers", "uns"):
+        held = getattr(table, slot)
+        found |= {(slot, key): _digest(held[key]) for key in held if key not in (None, "hespotex")}
+    return found | {("uns", key): _digest(value) for key, value in table.uns.get("hespotex", {}).items()}
+
+
+def _values(element: Any) -> Any:
+    if hasattr(element, "to_wkb"):
+        return element.to_wkb()
+    first = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+    return str(getattr(first, "data", first).name) if hasattr(first, "data") else str(first.shape)
+
+
+def _digest(value: Any) -> str:
+    import joblib
+    from scipy import sparse
+
+    if sparse.issparse(value):
+        value = [value.shape, *(getattr(value.tocoo(), part) for part in ("row", "col", "data"))]
+    return str(joblib.hash(value))
