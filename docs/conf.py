@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
+warnings.filterwarnings("ignore", message=".*set_application.*")  # sphinx-autodoc-typehints calls what Sphinx 10 drops
 
 import hespotex  # noqa: E402
 
@@ -65,7 +67,7 @@ bibtex_reference_style = "author_year"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_excludepatterns = ["tutorials/*"]  # their outputs are stored: they need data that is not shipped
 nb_merge_streams = True

@@ -34,7 +34,7 @@ class Size:
     n_genes: int
 
 
-FULL = Size(n_train=5, size_px=1800, n_genes=120)
+FULL = Size(n_train=4, size_px=1600, n_genes=120)
 QUICK = Size(n_train=3, size_px=1200, n_genes=80)
 
 
