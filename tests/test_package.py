@@ -119,7 +119,6 @@ def test_the_api_page_lists_every_public_name(namespace):
     listed = re.findall(rf"^\s+{namespace}\.(\w+)$", page, flags=re.MULTILINE)
     module = importlib.import_module(f"hespotex.{namespace}")
     assert sorted(listed) == sorted(module.__all__)
-    assert module.__all__ == sorted(module.__all__) or namespace == "data"
     assert all(getattr(module, name).__doc__ for name in module.__all__ if callable(getattr(module, name)))
 
 

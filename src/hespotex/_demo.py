@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._settings import settings
 from .errors import DataValueError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
     """
     import matplotlib as mpl
 
-    from . import datasets, pp, settings, tl
+    from . import datasets, pp, tl
 
     mark = out / MARK
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not mark.exists())):
