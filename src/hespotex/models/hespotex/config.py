@@ -134,11 +134,11 @@ class HESpotExConfig:
     gate_weight_decay: float = 1e-4
     gate_clip: float = 5.0
     width: int = 64
-    head_width: int = 256
+    head_width: int = 128
     dropout: float = 0.2
     n_layers: int = 4
     layer_order: LayerOrder = "parallel"
-    jk_hidden: int | None = 64
+    jk_hidden: int | None = 32
     scale_genes: bool = False
     target_ranks: tuple[int, ...] = (5, 8, 16, 32)
     center_targets: bool = True
@@ -146,7 +146,7 @@ class HESpotExConfig:
     regression_share: float = 0.5
     n_landmarks: int = 1024
     n_members: int = 3
-    epochs: int = 30
+    epochs: int = 20
     lr: float = 1e-3
     weight_decay: float = 1e-2
     stopping: Stopping = "fixed"
