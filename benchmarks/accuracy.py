@@ -60,7 +60,7 @@ def prepare(sdata, data: Path | None, *, mpp: float | None = None, nuclei: bool 
         hx.pp.embed(sdata, "timm:mobilenetv1_100", key_added="X_mobilenet", **mobilenet(data), **size)
     hx.pp.spatial_graph(sdata)
     if nuclei:
-        hx.pp.segment_nuclei(sdata, raster=False)
+        hx.pp.segment_nuclei(sdata)
 
 
 def prepared(name: str, make) -> object:
