@@ -27,6 +27,8 @@ def test_many_spots_become_hexagons_and_axes_are_accepted(section):
     assert ax.collections[0].get_array().sum() == section["table"].n_obs
 
 
-def test_without_measurement_it_says_so():
-    with pytest.raises(MissingKeyError, match="no measurement to compare with"):
-        hx.pl.predicted_vs_measured(make_section(measured_genes=("EPCAM",)), "EPCAM")
+def test_measured_genes_are_drawn_and_unmeasured_ones_named():
+    section = make_section(measured_genes=("EPCAM", "ACTB"))
+    assert [ax.get_title() for ax in hx.pl.predicted_vs_measured(section, "EPCAM").axes] == ["EPCAM"]
+    with pytest.raises(MissingKeyError, match=r"genes=\['CD4'\].*no measurement of them"):
+        hx.pl.predicted_vs_measured(section, ["EPCAM", "CD4"])

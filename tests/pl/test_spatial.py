@@ -84,6 +84,12 @@ def test_only_the_prediction_is_drawn_where_nothing_was_measured():
         hx.pl.spatial(section, "CD4", measured=True)
 
 
+def test_each_gene_is_drawn_with_the_measurement_it_has():
+    section = make_section(measured_genes=("EPCAM", "ACTB"))
+    titles = _titles(hx.pl.spatial(section, ["EPCAM", "CD4"]))
+    assert titles == ["EPCAM, measured", "CD4, not measured", "EPCAM, predicted", "CD4, predicted"]
+
+
 def test_genes_wrap_into_bands(section):
     figure = hx.pl.spatial(section["table"], list(GENES), ncols=2)
     assert _titles(figure) == [

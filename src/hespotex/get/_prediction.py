@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._keys import Keys
-from ..data.stored import find_prediction, read_prediction
+from ..data.counts import check_counts, counts_of, library_size
+from ..data.stored import StoredPrediction, find_prediction, read_prediction
 from ..data.units import normalize
+from ..errors import CountsError, HespotexWarning
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,15 +43,21 @@ def prediction(
     Returns
     -------
     A new AnnData (n, G): ``X`` the prediction (float32), ``var_names`` its genes,
-    ``layers["measured"]`` the measurement in the same unit where every predicted gene was measured
-    (``var["measured"]`` says which were; unmeasured ones are absent from a comparison, never filled),
+    ``layers["measured"]`` the measurement in the same unit, NaN for genes that were not measured
+    (``var["measured"]`` says which were); there is no such layer where none of the genes was measured, or where the
+    unit divides by a panel that was not measured whole,
     ``layers["std"]``, ``layers["lower"]``, ``layers["upper"]`` where stored, and ``obs``, ``obsm``, ``obsp``,
     ``uns`` carried along. In ``uns["hespotex"]`` the unit and provenance of the prediction.
 
     Raises
     ------
     MissingKeyError
-        If there is no such prediction.
+        If there is no such prediction, or no `counts_layer`.
+
+    Warns
+    -----
+    HespotexWarning
+        If the table holds no raw counts to compare with; there is no ``layers["measured"]`` then.
 
     Examples
     --------
@@ -82,10 +91,30 @@ def prediction(
     )
     for name, values in stored.companions.items():
         result.layers[name] = values
-    if measured is not None and measured.all():
-        counts = adata.layers[counts_layer] if counts_layer else adata.X
-        library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-        columns = adata.var_names.get_indexer(pd.Index(stored.genes))
-        result.layers[Keys.MEASURED] = normalize(counts[:, columns], library_size, stored.unit)
+    if measured is not None and measured.any():
+        layer = _measurement(adata, stored, measured, counts_layer)
+        if layer is not None:
+            result.layers[Keys.MEASURED] = layer
     result.uns[Keys.NAMESPACE] = {key: dict(stored.provenance)}
     return result
+
+
+def _measurement(
+    adata: AnnData, stored: StoredPrediction, measured: np.ndarray, counts_layer: str | None
+) -> np.ndarray | None:
+    """The measurement in the unit of the prediction, (n, G) float32, NaN where not `measured`."""
+    if stored.unit == "log1p_cpm_panel" and not measured.all():
+        return None
+    if adata.X is None and counts_layer is None:
+        return None
+    where = "X" if counts_layer is None else f"layers[{counts_layer!r}]"
+    counts = counts_of(adata, counts_layer, "the table")
+    try:
+        check_counts(counts, where)
+    except CountsError as error:
+        warnings.warn(f"there is no measurement to compare with: {error}", HespotexWarning, stacklevel=3)
+        return None
+    values = np.full(stored.values.shape, np.nan, dtype=np.float32)
+    columns = adata.var_names.get_indexer(stored.genes[measured])
+    values[:, measured] = normalize(counts[:, columns], library_size(counts), stored.unit)
+    return values

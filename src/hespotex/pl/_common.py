@@ -61,6 +61,11 @@ def column(pred: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
     return np.asarray(values.todense() if hasattr(values, "todense") else values, dtype=float).ravel()
 
 
+def is_measured(pred: AnnData, gene: str) -> bool:
+    """Whether there is a measurement of `gene` to compare with."""
+    return Keys.MEASURED in pred.layers and bool(pred.var[Keys.MEASURED][gene])
+
+
 def stored_score(pred: AnnData, gene: str) -> str:
     """Score of a gene and its protocol as :func:`hespotex.tl.evaluate` stored them; empty if it was not run."""
     key, entry = entry_of(pred)

@@ -10,7 +10,17 @@ import numpy as np
 
 from .._keys import Keys
 from ..errors import MissingKeyError
-from ._common import PALETTE, axes_array, column, entry_of, gene_list, save_figure, stored_score, unit_label
+from ._common import (
+    PALETTE,
+    axes_array,
+    column,
+    entry_of,
+    gene_list,
+    is_measured,
+    save_figure,
+    stored_score,
+    unit_label,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,7 +85,7 @@ def predicted_vs_measured(
     Raises
     ------
     MissingKeyError
-        If the prediction, a gene or the measurement is not there.
+        If the prediction, a gene or its measurement is not there.
     """
     import matplotlib.pyplot as plt
 
@@ -83,10 +93,9 @@ def predicted_vs_measured(
 
     pred = prediction(data, key, table_key=table_key)
     names = gene_list(genes, pred)
-    if Keys.MEASURED not in pred.layers:
+    if missing := [name for name in names if not is_measured(pred, name)]:
         raise MissingKeyError(
-            f"prediction {entry_of(pred)[0]!r} has no measurement to compare with: "
-            "not all predicted genes were measured in this object"
+            f"genes={missing}: prediction {entry_of(pred)[0]!r} has no measurement of them to compare with in this object"
         )
     titles = [title] if isinstance(title, str) else list(title) if title is not None else names
     if ax is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._keys import Keys
 from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
-from ._common import axes_array, column, gene_list, save_figure, stored_score, unit_label
+from ._common import axes_array, column, gene_list, is_measured, save_figure, stored_score, unit_label
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -71,7 +71,7 @@ def spatial(
     spatial_key
         ``obsm`` key of the positions of an AnnData.
     measured
-        Whether to draw the measurement; by default where there is one.
+        Whether to draw the measurement; by default where one of the genes has one.
     shared_scale
         Whether measured and predicted share the colour scale.
     cmap
@@ -102,7 +102,7 @@ def spatial(
     MissingKeyError
         If the prediction, a gene or the positions are not there.
     DataValueError
-        If ``measured=True`` but nothing was measured, or the number of axes is wrong.
+        If ``measured=True`` but none of the genes was measured, or the number of axes is wrong.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def spatial(
 
     pred = prediction(data, key, table_key=table_key)
     names = gene_list(genes, pred)
-    rows = _rows(pred, show_measured=measured)
+    rows = _rows(pred, names, show_measured=measured)
     titles = [title] if isinstance(title, str) else list(title) if title is not None else names
     if len(titles) != len(names):
         raise DataValueError(f"title has {len(titles)} entries for {len(names)} genes")
@@ -148,9 +148,14 @@ def spatial(
     for index, (gene, label) in enumerate(zip(names, titles, strict=True)):
         band, position = divmod(index, columns)
         panels = [grid[band * len(rows) + row, position] for row in range(len(rows))]
-        values = [column(pred, gene, layer) for _, layer in rows]
+        if len(rows) == 2 and not is_measured(pred, gene):
+            panels[0].set_title(f"{label}, not measured", fontsize=9)
+            drawn, panels = rows[1:], panels[1:]
+        else:
+            drawn = rows
+        values = [column(pred, gene, layer) for _, layer in drawn]
         norms = _norms(values, shared_scale=shared_scale, vmin=vmin, vmax=vmax)
-        for panel, norm, (word, layer) in zip(panels, norms, rows, strict=True):
+        for panel, norm, (word, layer) in zip(panels, norms, drawn, strict=True):
             canvas.draw(panel, gene, layer, norm, cmap)
             score = stored_score(pred, gene) if layer is None else ""
             panel.set_title(f"{label}, {word}" + (f"\n{score}" if score else ""), fontsize=9)
@@ -164,12 +169,12 @@ def spatial(
     return figure
 
 
-def _rows(pred: AnnData, *, show_measured: bool | None) -> list[tuple[str, str | None]]:
+def _rows(pred: AnnData, names: Sequence[str], *, show_measured: bool | None) -> list[tuple[str, str | None]]:
     """Word and layer of each row of panels."""
-    there = Keys.MEASURED in pred.layers
+    there = any(is_measured(pred, gene) for gene in names)
     if show_measured and not there:
         raise DataValueError(
-            "measured=True, but the object holds no measurement of all predicted genes; leave measured= out"
+            f"measured=True, but the object holds no measurement of {', '.join(names)}; leave measured= out"
         )
     show = there if show_measured is None else show_measured
     return [*([("measured", Keys.MEASURED)] if show else []), ("predicted", None)]
