@@ -118,6 +118,7 @@ def build_section(
     adata.obs[Keys.REGION] = pd.Categorical([Keys.SPOTS] * adata.n_obs)
     adata.obs[Keys.INSTANCE] = ids.to_numpy(dtype=object)
     adata.obsm[Keys.SPATIAL] = np.asarray(xy, dtype=np.float64)
+    adata.uns.pop("spatialdata_attrs", None)  # of the object that the table was taken from
     table = TableModel.parse(adata, region=Keys.SPOTS, region_key=Keys.REGION, instance_key=Keys.INSTANCE)
     return SpatialData(
         images={Keys.IMAGE: image_element(levels, mpp)},

@@ -58,7 +58,7 @@ def spatial_graph(
         ``"square"``: 4 neighbours at the pitch (or 8 with the diagonal ones); ``"hex"``: 6; ``"knn"``: the nearest
         `n_neighs`, made symmetric. ``None``: the lattice that the coordinates lie on, else ``"knn"``.
     n_neighs
-        Number of neighbours: 4 or 8, 6, or any for ``"knn"`` (6 by default).
+        Number of neighbours: 4 or 8, 6, or any for ``"knn"`` (by default 6, or all where there are fewer).
     table_key, shapes_key
         The table, by name or by the shapes it annotates; may be left out where there is only one.
     spatial_key
@@ -105,8 +105,8 @@ def spatial_graph(
     adata = table.adata
     coordinates, unit = _coordinates(data, table, spatial_key)
     region = _regions(table, library_key)
-    resolved, n_neighs = _resolve_kind(kind, n_neighs, coordinates, region)
-    graph = _build(coordinates, region, resolved, n_neighs)
+    resolved, number = _resolve_kind(kind, n_neighs, coordinates, region)
+    graph = _build(coordinates, region, resolved, number, fewer=n_neighs is None)
     if copy:
         return graph
     connectivities_key, distances_key = f"{key_added}_connectivities", f"{key_added}_distances"
@@ -115,13 +115,13 @@ def spatial_graph(
     adata.uns[f"{key_added}_neighbors"] = {
         "connectivities_key": connectivities_key,
         "distances_key": distances_key,
-        "params": {"coord_type": "generic" if resolved == "knn" else "grid", "n_neighbors": n_neighs, "kind": resolved},
+        "params": {"coord_type": "generic" if resolved == "knn" else "grid", "n_neighbors": number, "kind": resolved},
     }
     record(
         adata,
         connectivities_key,
         created_by="hespotex.pp.spatial_graph",
-        params={"kind": resolved, "n_neighs": n_neighs},
+        params={"kind": resolved, "n_neighs": number},
         distance_unit=unit,
     )
     logger.info(
@@ -182,11 +182,11 @@ def _resolve_kind(
     return kind, int(n_neighs)
 
 
-def _build(coordinates: np.ndarray, region: np.ndarray, kind: str, n_neighs: int) -> SpatialGraph:
+def _build(coordinates: np.ndarray, region: np.ndarray, kind: str, n_neighs: int, *, fewer: bool) -> SpatialGraph:
     connectivities, distances, order = [], [], []
     for name in np.unique(region):
         rows = np.flatnonzero(region == name)
-        adjacency, distance = _build_region(coordinates[rows], kind, n_neighs)
+        adjacency, distance = _build_region(coordinates[rows], kind, n_neighs, fewer=fewer)
         connectivities.append(adjacency)
         distances.append(distance)
         order.append(rows)
@@ -196,16 +196,17 @@ def _build(coordinates: np.ndarray, region: np.ndarray, kind: str, n_neighs: int
     return SpatialGraph(first.astype(np.float32), second)
 
 
-def _build_region(coordinates: np.ndarray, kind: str, n_neighs: int) -> tuple[Any, Any]:
+def _build_region(coordinates: np.ndarray, kind: str, n_neighs: int, *, fewer: bool) -> tuple[Any, Any]:
+    """Graph of one region; `fewer` neighbours are taken where there are no more."""
     from squidpy.gr.neighbors import KNNBuilder, RadiusBuilder
 
     n_obs = len(coordinates)
     if n_obs == 1:
         return sparse.csr_matrix((1, 1)), sparse.csr_matrix((1, 1))
     if kind == "knn":
-        if n_obs <= n_neighs:
+        if n_obs <= n_neighs and not fewer:
             raise DataValueError(f"n_neighs={n_neighs} neighbours were asked for among {n_obs} observations; lower it")
-        adjacency, distance = KNNBuilder(n_neighs=n_neighs).build(coordinates)
+        adjacency, distance = KNNBuilder(n_neighs=min(n_neighs, n_obs - 1)).build(coordinates)
     else:
         pitch = _pitch(coordinates)
         adjacency, distance = RadiusBuilder(radius=_REACH[kind, n_neighs] * pitch).build(coordinates)
