@@ -261,7 +261,8 @@ def regions_of(
             while name in names:
                 name += "'"
             names.add(name)
-            check_names(table.adata.obs_names[rows], f"section {name!r}: names of spots")  # other sections may share them
+            # Within a section: another one may well use the same barcodes.
+            check_names(table.adata.obs_names[rows], f"section {name!r}: names of spots")
             patient = _group(groups, position, table.adata, rows, noted, name)
             found.append(Region(data, table, rows, name, patient or name, patient_known=patient is not None))
     return found
