@@ -75,8 +75,8 @@ class Morphology(Encoder):
     context_um
         Side of the surroundings in µm, the tile included; three tiles by default, 0 for the tile alone.
     mpp
-        Working resolution in µm per pixel. At the default a nucleus is 4 to 8 pixels wide; finer costs more and told no
-        more about expression on the sections it was chosen on.
+        Working resolution in µm per pixel. At the default a nucleus is 4 to 8 pixels wide; 1 µm/px raised the mean
+        correlation of a ridge on her2st by 0.003, at twice the pixels.
 
     Raises
     ------
