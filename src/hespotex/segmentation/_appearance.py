@@ -92,7 +92,7 @@ def otsu(counts: np.ndarray, values: np.ndarray) -> float:
     low, high = n[:-1], n[-1] - n[:-1]
     both = (low > 0) & (high > 0)
     if not both.any():
-        return float(values[-1])
+        return float(values[counts.argmax()])
     gap = mass[:-1] / np.maximum(low, 1) - (mass[-1] - mass[:-1]) / np.maximum(high, 1)
     between = np.where(both, low * high * gap**2, -1.0)
     # Empty values leave a plateau: its middle is as far from either class as can be.

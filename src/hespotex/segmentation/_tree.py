@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TreeOptions", "select_regions"]
+__all__ = ["TreeOptions", "score_regions", "select_regions"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ def select_regions(
     return labels
 
 
-def _cut(mask: np.ndarray, diameter_px: float, options: TreeOptions) -> _Cut:
-    from scipy import ndimage
-
-    labels, count = ndimage.label(mask)
+def score_regions(
+    labels: np.ndarray, count: int, diameter_px: float, options: TreeOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Area of each region 1…`count` and how much it looks like a nucleus (0 to 1), (count + 1,) each; 0 of background."""
     pixels = np.flatnonzero(labels)
     names = labels.ravel()[pixels]
-    y, x = (axis.astype(np.float64) for axis in np.divmod(pixels, mask.shape[1]))
+    y, x = (axis.astype(np.float64) for axis in np.divmod(pixels, labels.shape[1]))
     area = np.bincount(names, minlength=count + 1).astype(np.float64)
-    area[0] = 1.0  # keeps the divisions below finite; the background scores nothing
+    area[0] = 1.0  # keeps the divisions below finite
     mean_y, mean_x = (np.bincount(names, axis, count + 1) / area for axis in (y, x))
     y -= mean_y[names]
     x -= mean_x[names]
@@ -103,7 +103,14 @@ def _cut(mask: np.ndarray, diameter_px: float, options: TreeOptions) -> _Cut:
     yy, xx = (np.bincount(names, axis * axis, count + 1) / area + 1 / 12 for axis in (y, x))
     xy = np.bincount(names, x * y, count + 1) / area
     roundness = area / (4 * np.pi * np.sqrt(np.maximum(yy * xx - xy * xy, 1e-9)))
-    return _Cut(labels, area, _score(area, roundness, _extent(labels, count), diameter_px, options))
+    return area, _score(area, roundness, _extent(labels, count), diameter_px, options)
+
+
+def _cut(mask: np.ndarray, diameter_px: float, options: TreeOptions) -> _Cut:
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask)
+    return _Cut(labels, *score_regions(labels, count, diameter_px, options))
 
 
 def _extent(labels: np.ndarray, count: int) -> np.ndarray:
