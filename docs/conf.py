@@ -56,7 +56,7 @@ autodoc_typehints = "description"
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = False
 napoleon_numpy_docstring = True
-napoleon_use_rtype = False
+napoleon_use_rtype = True
 napoleon_use_ivar = True
 typehints_defaults = "braces"
 always_use_bars_union = True
@@ -75,7 +75,7 @@ nb_merge_streams = True
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!hespotex).*"),  # third parties, whose inventories are not loaded
-    (r"py:.*", r"hespotex\.(data|image|models\.nn|_).*"),  # internals without pages of their own
+    (r"py:.*", r"hespotex\.(data|image|models\.nn|(\w+\.)?_).*"),  # internals without pages of their own
     (r"py:(obj|class)", r".*\.Config"),
 ]
 

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 def _returns(self: NumpyDocstring, section: str) -> list[str]:
     del section
-    lines = self._format_block(":returns: ", self._dedent(self._consume_to_next_section()))
+    prose = self._dedent(self._consume_to_next_section())
+    if prose[:1] == [":"]:
+        prose = self._dedent(prose[1:])  # what sphinx-autodoc-typehints puts there for napoleon's sake
+    if len(prose) > 1 and all(line.startswith(" ") or not line for line in prose[1:]):
+        prose = self._dedent(prose[1:])  # a type and what it stands for: the type is in the signature
+    lines = self._format_block(":returns: ", prose)
     return [*lines, ""] if lines and lines[-1] else lines
 
 
