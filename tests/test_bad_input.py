@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import pickle
 import signal
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def _prepared() -> SpatialData:
 
 
 @pytest.fixture(scope="module")
-def _model(_prepared: SpatialData) -> hx.models.Model:
+def model(_prepared: SpatialData) -> hx.models.Model:
     return hx.tl.train(fresh(_prepared), "ridge", genes=genes_of(_prepared))
 
 
@@ -371,7 +370,7 @@ def _(bench: Bench) -> list[Call]:
 @refused("fewer spots than neighbours", DataValueError, ValueError, "n_neighs=6", "5 observations", "lower it")
 def _(bench: Bench) -> Call:
     bench.table = bench.table[[0, 3, 7, 12, 20]].copy()
-    return lambda: hx.pp.spatial_graph(bench.sdata, kind="knn")
+    return lambda: hx.pp.spatial_graph(bench.sdata, kind="knn", n_neighs=6)
 
 
 @refused("one spot", DataValueError, ValueError, "at least 2 observations", "there is 1")
@@ -383,7 +382,9 @@ def _(bench: Bench) -> Call:
 # -- nuclei ------------------------------------------------------------------------------------------------------------
 
 
-@refused("no nuclei on the image", DataValueError, ValueError, "no nuclei on image 'image'", "'watershed'", "diameter_um")
+@refused(
+    "no nuclei on the image", DataValueError, ValueError, "no nuclei on image 'image'", "'watershed'", "diameter_um"
+)
 def _(bench: Bench) -> Call:
     bench.paint(np.full((3, 560, 560), 240, np.uint8))
     return lambda: hx.pp.segment_nuclei(bench.sdata)
@@ -482,19 +483,124 @@ def _(bench: Bench) -> list[Call]:
     return opens(bench, path)
 
 
+@pytest.mark.filterwarnings("ignore::hespotex.errors.HespotexWarning")  # what is left out, before nothing is left
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_is_refused_in_words_and_leaves_the_section_alone(
-    case: Case, sdata: SpatialData, _model: hx.models.Model, tmp_path: Path
+    case: Case, sdata: SpatialData, model: hx.models.Model, tmp_path: Path
 ) -> None:
-    bench = Bench(sdata, _model, tmp_path)
+    bench = Bench(sdata, model, tmp_path)
     calls = case.damage(bench)
     before = stored(sdata)
     for call in calls if isinstance(calls, list) else [calls]:
-        with warnings.catch_warnings(), pytest.raises(case.error) as caught:
-            warnings.simplefilter("ignore", HespotexWarning)  # what is left out is said before nothing is left
+        with pytest.raises(case.error) as caught:
             call()
         assert isinstance(caught.value, HespotexError)
         assert isinstance(caught.value, case.builtin)
         for word in case.words:
             assert word in str(caught.value)
         assert stored(sdata) == before
+
+
+# -- what is said, and goes on -----------------------------------------------------------------------------------------
+
+
+def test_a_preview_is_warned_about(sdata: SpatialData) -> None:
+    Bench.scale(bench := Bench(sdata, None, None), 3.0, 3.0)
+    with pytest.warns(HespotexWarning, match=r"'image' has 3 µm/px.*preview.*full-resolution"):
+        hx.pp.embed(sdata, mpp=3.0, key_added="X_coarse")
+    assert np.isfinite(bench.table.obsm["X_coarse"]).all()
+
+
+def test_the_preview_of_visium_in_place_of_the_image_is_warned_about(sdata: SpatialData) -> None:
+    table = sdata["table"]
+    table.obsm["spatial"] = table.obsm["spatial"] * 10  # as of an image of 5,600 px
+    scales = {"tissue_lowres_scalef": 600 / 5600, "spot_diameter_fullres": 800.0}
+    table.uns["spatial"] = {"a": {"scalefactors": scales}}
+    before = stored(table)
+    with pytest.warns(HespotexWarning, match=r"lowres preview.*pass the full-resolution image"):
+        read = hx.io.from_anndata(table, np.full((600, 600, 3), 200, np.uint8), mpp=0.5)
+    assert read["table"].obsm["spatial"].max() < 600
+    assert stored(table) == before
+
+
+def test_spots_without_counts_are_left_out_of_training_and_predicted(sdata: SpatialData) -> None:
+    counts = sdata["table"].X.toarray()
+    counts[3] = 0
+    sdata["table"].X = sparse.csr_matrix(counts)
+    with pytest.warns(HespotexWarning, match=r"1 of 33 observations have fewer than 1 counts"):
+        model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
+    assert model.recipe.training["sections"][0]["n_obs"] == 32
+    hx.tl.predict(sdata, model)
+    assert np.isfinite(sdata["table"].obsm["ridge"]).all()
+    with pytest.warns(HespotexWarning, match="1 of 33 spots have no counts"):
+        hx.pp.normalize_counts(sdata)
+
+
+def test_genes_absent_from_a_section_are_listed_and_left_out_of_training(sdata: SpatialData) -> None:
+    with pytest.warns(HespotexWarning, match=r"1 of 7 genes .* left out: NOT_A_GENE"):
+        model = hx.tl.train(sdata, "mean", genes=[*genes_of(sdata), "NOT_A_GENE"])
+    assert list(model.genes) == genes_of(sdata)
+
+
+@pytest.mark.parametrize("kept", [slice(3, None), slice(N_GENES, None)], ids=["some", "all"])
+def test_genes_the_section_never_measured_are_listed_and_predicted(
+    sdata: SpatialData, model: hx.models.Model, kept: slice
+) -> None:
+    names = sdata["table"].var_names
+    missing = [gene for gene in model.genes if gene not in names[kept]]
+    sdata["table"] = sdata["table"][:, kept].copy()
+    with pytest.warns(HespotexWarning, match=f"{len(missing)} of the model's {N_GENES} genes.*{', '.join(missing)}"):
+        hx.tl.predict(sdata, model)
+    result = hx.get.prediction(sdata, "ridge")
+    assert list(result.var_names) == list(model.genes)
+    assert list(result.var_names[~result.var["measured"]]) == missing
+
+
+def test_one_spot_is_embedded_learnt_from_and_predicted(sdata: SpatialData, model: hx.models.Model) -> None:
+    whole = hx.tl.predict(sdata, model, copy=True)
+    sdata["table"] = sdata["table"][:1].copy()
+    hx.pp.embed(sdata, key_added="X_again")
+    np.testing.assert_allclose(hx.tl.predict(sdata, model, copy=True).X, whole.X[:1], rtol=1e-4)
+    for name in ("mean", "ridge", "knn"):
+        own = hx.tl.train(sdata, name, genes=genes_of(sdata), embedding_key=EMBEDDING)
+        assert np.isfinite(hx.tl.predict(sdata, own, copy=True).X).all()
+
+
+def test_a_few_spots_get_a_graph_of_their_own(sdata: SpatialData) -> None:
+    for n_obs in (5, 3, 2):
+        sdata["table"] = sdata["table"][:n_obs].copy()
+        hx.pp.spatial_graph(sdata)
+        assert (np.diff(sdata["table"].obsp["spatial_connectivities"].indptr) > 0).all()
+
+
+# -- interruption ------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_training_leaves_the_section_alone_and_the_same_call_goes_on(
+    sdata: SpatialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    step, taken, stop_at = torch.optim.AdamW.step, [], 3
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        if len(taken) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    def train(folder: Path | None) -> hx.models.Model:
+        config = {"epochs": 4, "n_members": 1, "width": 8, "head_width": 8, "n_layers": 1, "jk_hidden": 4}
+        return hx.tl.train(sdata, "hespotex", config=config, genes=genes_of(sdata), checkpoint_dir=folder, device="cpu")
+
+    before = stored(sdata)
+    monkeypatch.setattr("hespotex.models._training._SAVE_EVERY", 0)  # epochs are too short here to be worth writing
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted in epoch 3; .*the same call goes on"):
+        train(tmp_path / "states")
+    assert stored(sdata) == before
+    train(tmp_path / "states")
+    assert len(taken) == 3 + 2  # epochs 3 and 4
+    resumed = sdata.attrs["hespotex"]["model"]
+    train(None)
+    assert sdata.attrs["hespotex"]["model"] == resumed  # the identity hashes all that was fitted

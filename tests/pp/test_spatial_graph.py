@@ -119,8 +119,10 @@ def test_copy_writes_nothing():
 def test_too_few_observations():
     with pytest.raises(DataValueError, match="at least 2"):
         graph(square()[:1])
-    with pytest.raises(DataValueError, match="6 neighbours were asked for among 5"):
-        graph(np.random.default_rng(0).random((5, 2)))
+    five = np.random.default_rng(0).random((5, 2))
+    with pytest.raises(DataValueError, match="n_neighs=6 neighbours were asked for among 5"):
+        graph(five, n_neighs=6)
+    assert graph(five).connectivities.nnz == 5 * 4  # unasked, as many as there are
     assert graph(square()[:2], kind="square").connectivities.nnz == 2
     alone = table(np.vstack([square(), [[0, 0]]]))
     alone.obs["section"] = ["a"] * 25 + ["b"]

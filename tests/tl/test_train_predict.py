@@ -11,10 +11,8 @@ from hespotex._keys import Keys
 from hespotex.errors import (
     AmbiguousKeyError,
     CheckpointError,
-    CountsError,
     DataTypeError,
     DataValueError,
-    HespotexWarning,
     MissingKeyError,
     ModelMismatchError,
 )
@@ -203,26 +201,6 @@ def test_everything_survives_a_zarr_round_trip(embedded, tmp_path):
     assert hx.tl.predict(back, copy=True).shape == before.shape  # attrs still name the model
 
 
-def test_genes_absent_from_a_section_are_listed_and_left_out_of_training(embedded):
-    with pytest.warns(HespotexWarning, match="NOT_A_GENE"):
-        model = hx.tl.train(embedded[:2], "ridge", genes=[*genes_of(embedded[0], 5), "NOT_A_GENE"])
-    assert len(model.genes) == 5
-    with pytest.raises(DataValueError, match="none of the genes"), pytest.warns(HespotexWarning):
-        hx.tl.train(embedded[:2], "ridge", genes=["NOT_A_GENE"])
-
-
-def test_genes_the_section_never_measured_are_predicted_with_a_warning(embedded):
-    train, test = embedded[:2], embedded[2]
-    genes = genes_of(test)
-    model = hx.tl.train(train, "ridge", genes=genes)
-    test["table"] = test["table"][:, 3:].copy()
-    with pytest.warns(HespotexWarning, match=genes[0]):
-        hx.tl.predict(test, model)
-    result = hx.get.prediction(test, "ridge")
-    assert result.n_vars == 12
-    assert not result.var.loc[genes[0], "measured"]
-
-
 def test_the_missing_step_is_named(patients):
     with pytest.raises(MissingKeyError, match=r"hx\.pp\.embed"):
         hx.tl.train(patients, "ridge", genes=genes_of(patients[0]))
@@ -246,19 +224,6 @@ def test_sections_embedded_differently_are_refused(patients):
         hx.tl.train(patients[:2], "ridge", genes=genes_of(patients[0]))
 
 
-def test_a_model_for_another_embedding_is_refused_and_the_object_untouched(embedded):
-    train, test = embedded[:2], embedded[2]
-    model = hx.tl.train(train, "ridge", genes=genes_of(test))
-    hx.pp.embed(test, "morphology", tile_um=60.0, context_um=120.0)
-    before = stored(test)
-    with pytest.raises(ModelMismatchError, match="tile_um"):
-        hx.tl.predict(test, model)
-    test["table"].obsm["X_morphology"] = test["table"].obsm["X_morphology"][:, :5]
-    with pytest.raises(ModelMismatchError, match="5 features"):
-        hx.tl.predict(test, model)
-    assert stored(test) == before
-
-
 def test_an_error_in_the_last_step_takes_back_the_steps_before(patients, monkeypatch):
     train, test = patients[:2], patients[2]
     for sdata in train:
@@ -273,28 +238,6 @@ def test_an_error_in_the_last_step_takes_back_the_steps_before(patients, monkeyp
     with pytest.raises(KeyboardInterrupt):
         hx.tl.predict(test, model)
     assert stored(test) == before
-
-
-@pytest.mark.parametrize("kind", ["negative", "nan", "normalised"])
-def test_what_is_no_count_is_refused(embedded, kind):
-    sdata = embedded[0]
-    values = sdata["table"].X.toarray().astype(np.float64)
-    values = {"negative": values - 1, "nan": np.where(values > 3, np.nan, values), "normalised": np.log1p(values)}[kind]
-    sdata["table"].X = sparse.csr_matrix(values)
-    with pytest.raises(CountsError):
-        hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
-
-
-def test_spots_without_counts_are_left_out_of_training_and_predicted(embedded):
-    sdata = embedded[0]
-    counts = sdata["table"].X.toarray()
-    counts[3] = 0
-    sdata["table"].X = sparse.csr_matrix(counts)
-    with pytest.warns(HespotexWarning, match="1 of"):
-        model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
-    assert model.recipe.training["sections"][0]["n_obs"] == sdata["table"].n_obs - 1
-    hx.tl.predict(sdata, model)
-    assert np.isfinite(sdata["table"].obsm["ridge"]).all()
 
 
 def test_wrong_arguments_are_named(embedded):
