@@ -73,7 +73,7 @@ def test_stopping_needs_no_other_data_than_the_training_sections(sections, stopp
 def test_chunks_of_training_change_nothing_but_memory(sections):
     one, other = (
         create("hespotex", **QUICK, dropout=0.0, chunk=chunk).fit(sections[:2], RUN).predict(sections[3]).mean
-        for chunk in (4096, 13)
+        for chunk in (16384, 13)
     )
     np.testing.assert_allclose(one, other, atol=2e-4)
 

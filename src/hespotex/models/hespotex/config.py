@@ -153,7 +153,7 @@ class HESpotExConfig:
     inner_folds: int = 3
     output: Output = "clip"
     mixed_precision: bool = True
-    chunk: int = 4096
+    chunk: int = 16384
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
@@ -240,4 +240,5 @@ PAPER = HESpotExConfig(
     output="shift",
     weight_decay=1e-3,
     mixed_precision=False,
+    chunk=4096,
 )

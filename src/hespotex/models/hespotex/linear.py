@@ -20,6 +20,7 @@ __all__ = ["KernelFeatures", "Regression"]
 # As multiples of the number of observations times the mean variance of a feature.
 PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-3.0, 1.75, 0.5))
 _FALLBACK = 0.1  # where there is nothing to choose on
+_FIT_ROWS = 16384  # observations, evenly spread, that are regressed on: beyond, nothing is gained but cost
 _SCORE_ROWS = 2048  # of each held-out section, evenly spread
 
 
@@ -102,6 +103,8 @@ class Regression:
         folds: Sequence[InnerFold],
         space: TargetSpace,
         ranks: Sequence[int],
+        *,
+        kernel: KernelFeatures | None = None,
     ) -> tuple[Self, int]:
         """Choose penalty and rank on `folds`, fit on all.
 
@@ -117,21 +120,27 @@ class Regression:
             Target space of the largest rank.
         ranks
             Candidates, ascending; empty to keep the width of `space`.
+        kernel
+            Applied to the features first.
 
         Returns
         -------
         The regression on all sections, and the rank.
         """
         ranks = [rank for rank in ranks if rank < space.width] + [space.width]
-        whole = {index: np.arange(len(each)) for index, each in enumerate(features)}
-        total = _Sums.over(features, targets, whole)
+        step = -(-sum(map(len, features)) // _FIT_ROWS)
+        kept = [np.arange(0, len(each), step) for each in features]
+        x = [each[::step] if kernel is None else kernel(each[::step]) for each in features]
+        y = [each[::step] for each in targets]
+        total = _Sums.over(x, y, {index: np.arange(len(each)) for index, each in enumerate(x)})
         scores: list[np.ndarray] = []
         for fold in folds:
-            ridge = _Ridge.of(total - _Sums.over(features, targets, fold.held_out))
-            for index, held in fold.held_out.items():
+            held_out = {index: np.flatnonzero(np.isin(kept[index], rows)) for index, rows in fold.held_out.items()}
+            ridge = _Ridge.of(total - _Sums.over(x, y, held_out))
+            for index, held in held_out.items():
                 rows = held[np.linspace(0, len(held) - 1, min(len(held), _SCORE_ROWS)).astype(np.int64)]
-                measured = sections[index].require_targets()[rows]
-                scores.append(_scores(ridge, features[index][rows], measured, space, ranks))
+                measured = sections[index].require_targets()[kept[index][rows]]
+                scores.append(_scores(ridge, x[index][rows], measured, space, ranks))
         known = [score for score in scores if np.isfinite(score).all()]
         penalty, rank = _FALLBACK, ranks[-1]
         if known:

@@ -102,9 +102,10 @@ class HESpotEx(Model[HESpotExConfig]):
         if self.config.regression != "none" or len(ranks) > 1:
             if self.config.regression == "kernel":
                 self._kernel = KernelFeatures.fit(features, self.config.n_landmarks)
-                features = [self._kernel(each) for each in features]
             folds = inner_folds(sections)[1]
-            regression, rank = Regression.fit(sections, features, targets, folds, self._space, ranks)
+            regression, rank = Regression.fit(
+                sections, features, targets, folds, self._space, ranks, kernel=self._kernel
+            )
             self._space, targets = self._space.truncated(rank), [target[:, :rank] for target in targets]
             if self.config.regression != "none":
                 self._regression = regression
