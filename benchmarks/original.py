@@ -57,7 +57,9 @@ class OriginalNet(nn.Module):
         self.neighbours = nn.ModuleList(NeighbourLayer(width) for _ in range(4))
         self.reader = nn.LSTM(width, n_genes, num_layers=2)
 
-    def forward(self, u: torch.Tensor, adjacency: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, u: torch.Tensor, adjacency: torch.Tensor, factor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         e = self.latent(u)
         stacked = torch.stack([layer(e, adjacency) for layer in self.neighbours])
         return e, factor * (self.reader(stacked)[0].mean(dim=0) + self.gene(e))

@@ -47,7 +47,9 @@ def section(n: int):
     rng = np.random.default_rng(0)
     xy, edges = lattice(n)
     features = rng.normal(size=(n, N_FEATURES)).astype(np.float32)
-    counts = sparse.random_array((n, N_GENES), density=0.2, format="csr", rng=rng, data_sampler=lambda size: rng.poisson(2, size) + 1)
+    counts = sparse.random_array(
+        (n, N_GENES), density=0.2, format="csr", rng=rng, data_sampler=lambda size: rng.poisson(2, size) + 1
+    )
     library = np.asarray(counts.sum(axis=1)).ravel() * 3.0
     return Section(
         name="s",
@@ -148,7 +150,9 @@ def main() -> None:
             row["ratio"] = original[n] / seconds
             row["ratio_encoding"] = (original[n] + n / rate) / seconds
             ratio, encoded = f"{row['ratio']:.1f} x", f"{row['ratio_encoding']:.0f} x"
-        print(f"| {row['kind']} | {n} | {seconds:.3f} | {1e6 * seconds / n:.0f} | {row['peak_gib']:.2f} | {ratio} | {encoded} |")
+        print(
+            f"| {row['kind']} | {n} | {seconds:.3f} | {1e6 * seconds / n:.0f} | {row['peak_gib']:.2f} | {ratio} | {encoded} |"
+        )
     print(f"\nPublished encoder (ViT-B/32, random weights): {rate:.0f} tiles/s; re-encoding extrapolated from it.")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "scaling.json").write_text(json.dumps({"rows": rows, "tiles_per_second": rate}, indent=1))

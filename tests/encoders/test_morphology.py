@@ -184,14 +184,12 @@ def test_scale_in_microns_not_pixels(tissue):
     np.testing.assert_allclose(embed(encoder, as_slide(doubled, mpp=MPP / 2), CENTRES * 2), expected, atol=1e-5)
 
 
-def test_a_fine_grid_costs_little_more_than_spots(tissue):
-    import time
-
+def test_a_fine_grid_agrees_with_single_windows(tissue):
     encoder = Morphology(**SMALL)
     grid = np.stack(np.meshgrid(np.arange(4, 896, 4.0), np.arange(4, 640, 4.0)), axis=-1).reshape(-1, 2)
-    start = time.process_time()
-    embed(encoder, as_slide(tissue), grid)
-    assert time.process_time() - start < 20  # 35,000 windows; by the tile it would take minutes
+    some = np.random.default_rng(0).choice(len(grid), 20, replace=False)
+    fine = embed(encoder, as_slide(tissue), grid)
+    np.testing.assert_allclose(fine[some], embed(encoder, as_slide(tissue), grid[some]), atol=1e-5)
 
 
 def test_more_nuclei_more_blobs(section):

@@ -144,7 +144,9 @@ def load(path: str | Path) -> Model:
         if not (path / name).is_file():
             raise CheckpointError(f"the saved model {str(path)!r} lacks {name}")
         if not isinstance(listed, dict) or _digest(path / name) != listed.get(name):
-            raise CheckpointError(f"{name} of the saved model {str(path)!r} was altered or truncated since it was saved")
+            raise CheckpointError(
+                f"{name} of the saved model {str(path)!r} was altered or truncated since it was saved"
+            )
     config = _read_json(path / "config.json")
     try:
         from ._registry import get
