@@ -61,6 +61,8 @@ def steps(command: str, rest: list[str]) -> list[list[str]]:
     python = str(PYTHON)
     if command == "test":
         workers = min(os.cpu_count() or 1, 4)  # each worker holds about a gigabyte
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):  # numba sets torch's number of threads, too
+            os.environ.setdefault(name, "1")
         return [[python, "-m", "pytest", "-n", str(workers), *rest]]
     if command == "lint":
         return [[python, "-m", "ruff", "check", *rest], [python, "-m", "ruff", "format", "--check"]]

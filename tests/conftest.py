@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which hespotex itself does not do
 os.environ["MPLBACKEND"] = "Agg"
-if limit := os.environ.get("OMP_NUM_THREADS"):  # numba sets OpenMP's number of threads by its own, for torch as well
-    os.environ.setdefault("NUMBA_NUM_THREADS", limit)
 ensure_torchvision()
 
 _DATA = Path(os.environ.get("HESPOTEX_DATA") or Path(__file__).parents[2] / "shared" / "data")
