@@ -57,7 +57,7 @@ def published(weights, tiles, *, quick_gelu=False, raw=False) -> np.ndarray:
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("raw", [False, True])
-def test_features_are_those_of_open_clip(weights, tiles, quick_gelu, raw):
+def test_checklist_10_features_are_those_of_open_clip(weights, tiles, quick_gelu, raw):
     features = make(weights, quick_gelu=quick_gelu, raw_pixels=raw).encode(tiles, "cpu")
     np.testing.assert_allclose(features, published(weights, tiles, quick_gelu=quick_gelu, raw=raw), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)

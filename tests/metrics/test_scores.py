@@ -110,7 +110,7 @@ def test_constant_prediction_is_wrong_not_missing(pair, metric, level, dtype):
     assert metric(truth, guess)[1] == 0
 
 
-def test_flat_predictions_and_undefined_genes_are_counted(pair):
+def test_checklist_25_flat_predictions_and_undefined_genes_are_counted(pair):
     truth, guess = pair
     truth[:, 0], guess[:, 0], guess[:, 1] = 1, 1, 1
     table = m.score(truth, guess, list("ABCDEF"))

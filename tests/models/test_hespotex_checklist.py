@@ -1,7 +1,7 @@
 """The statements of HESpotEx's faithfulness checklist that concern the whole model; the others stand beside the parts.
 
-01–06, 11–15, 18, 19, 21, 22: ``nn/``. 07: normalisation, 08: panel, 10: encoder, 25: metric: with those functions.
-09: ``tests/image/test_patches.py``.
+01–06, 11–19, 21, 22 on the networks: ``nn/``. 07 and 08: ``pp/test_select_genes.py``. 09: ``image/test_patches.py``.
+10: ``encoders/test_open_clip.py``. 25: ``metrics/test_scores.py``.
 """
 
 from __future__ import annotations

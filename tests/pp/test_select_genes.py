@@ -26,7 +26,7 @@ def log_cp10k(adata: ad.AnnData) -> np.ndarray:
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["panel_small", "panel_small_span08", "panel_1000_spots", "panel_all_genes"])
-def test_hvg_gives_the_published_panel(data_dir, name):
+def test_checklist_08_hvg_gives_the_published_panel(data_dir, name):
     golden = np.load(data_dir / "golden" / "hespotex" / f"{name}.npz")
     sections = []
     for slide in (1, 2, 3):
@@ -51,7 +51,7 @@ def test_hvg_gives_the_published_panel(data_dir, name):
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["panel_small", "panel_1000_spots", "panel_all_genes"])
-def test_panel_normalisation_is_the_published_one(data_dir, name):
+def test_checklist_07_panel_normalisation_is_the_published_one(data_dir, name):
     from hespotex.data.units import normalize, normalize_sparse
 
     golden = np.load(data_dir / "golden" / "hespotex" / f"{name}.npz")
