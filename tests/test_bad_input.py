@@ -576,6 +576,7 @@ def test_a_few_spots_get_a_graph_of_their_own(sdata: SpatialData) -> None:
 # -- interruption ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_training_leaves_the_section_alone_and_the_same_call_goes_on(
     sdata: SpatialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_interrupted_fit_ends_as_an_uninterrupted_one(items, tmp_path, monkeypat
     assert not list((tmp_path / "states").iterdir())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_real_ctrl_c(items, tmp_path):
     run = Run(seed=3, device="cpu", checkpoint_dir=tmp_path)
     timer = threading.Timer(0.0, lambda: None)
