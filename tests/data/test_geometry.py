@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
+from spatialdata import read_zarr
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, set_transformation
 
+import hespotex as hx
 from hespotex.data.geometry import (
     Level,
     Slide,
     check_on_image,
+    level_factor,
     resolve_slide,
     shape_centres,
     shape_geometries,
@@ -98,20 +103,12 @@ def test_scale_is_one_number_within_three_percent(plain_section):
         resolve_slide(sdata)
 
 
-def test_scale_given_overrides_the_stored_one_and_unknown_is_an_error(plain_section):
+def test_an_unknown_scale_is_an_error_that_names_calls_which_take_one(plain_section):
     sdata = plain_section(mpp=None)
-    with pytest.raises(ScaleError, match="set_scale"):
+    with pytest.raises(ScaleError, match=r"hx\.pp\.set_scale\(sdata, mpp=.*hx\.tl\.predict\(\.\.\., mpp="):
         resolve_slide(sdata)
-    assert resolve_slide(sdata, mpp=0.25).mpp == 0.25
-    stored = plain_section(mpp=0.5)
-    slide = resolve_slide(stored, mpp=0.25)
-    assert slide.mpp == pytest.approx(0.25)
-    np.testing.assert_allclose(slide.microns(np.array([[100.0, 0.0]])), [[25, 0]])
-    for bad in (0.0, -1.0, np.nan):
-        with pytest.raises(ScaleError, match="positive"):
-            resolve_slide(sdata, mpp=bad)
-    with pytest.raises(MissingKeyError, match="elsewhere"):
-        resolve_slide(sdata, coordinate_system="elsewhere")
+    for function in (hx.pp.set_scale, hx.tl.predict):
+        assert "mpp" in inspect.signature(function).parameters
 
 
 def visium(n_rows: int = 6, n_columns: int = 12, pitch_px: float = 137.0) -> tuple[np.ndarray, pd.DataFrame]:
@@ -179,7 +176,7 @@ def test_only_8_bit_rgb(plain_section, pixels, message):
     del sdata.images["image"]
     sdata["image"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
     with pytest.raises(ImageFormatError, match=message):
-        resolve_slide(sdata, mpp=0.5)
+        resolve_slide(sdata)
 
 
 def test_unconnected_and_contradicting_systems(plain_section):
@@ -203,6 +200,78 @@ def test_shapes_outside_the_image_are_counted(plain_section):
     check_on_image(slide, np.array([[0.0, 0.0], [499.9, 599.9]]), "spots")
     with pytest.raises(GeometryError, match="1 of 2 spots"):
         check_on_image(slide, np.array([[0.0, 0.0], [500.0, 1.0]]), "spots")
+
+
+@pytest.mark.parametrize(
+    ("full", "size", "factor"),
+    [
+        ((9911, 9274), (4955, 4637), 2),  # dropped
+        ((9911, 9274), (620, 580), 16),  # kept
+        ((1000, 1000), (333, 333), 3),
+        ((1040, 700), (16, 10), 64),  # 65 would fit, too
+        ((1000, 1000), (400, 400), None),
+        ((1000, 1000), (500, 250), None),
+        ((5, 5), (5, 5), 1),
+    ],
+)
+def test_a_level_is_a_whole_number_coarser(full, size, factor):
+    assert level_factor(full, size) == factor
+
+
+def mark_of(level: Level) -> list[float]:
+    """Centre (x, y) of what is bright, in pixels of level 0."""
+    weight = level.array[0].compute().astype(float)
+    y, x = np.indices(weight.shape) + 0.5
+    return [float((axis * weight).sum() / weight.sum()) * level.downsample for axis in (x, y)]
+
+
+@pytest.mark.parametrize("height", [2048, 2051])
+def test_levels_lie_on_each_other_although_spatialdata_drops_the_first_rows_of_odd_sizes(
+    plain_section, height, tmp_path
+):
+    pixels = np.zeros((3, height, 1031), np.uint8)
+    pixels[:, 2008:2040, 1000:1016] = 255
+    sdata = plain_section(pixels, scale_factors=[2, 2, 2])
+    sdata.write(tmp_path / "s.zarr")
+    for each in (sdata, read_zarr(tmp_path / "s.zarr")):
+        levels = resolve_slide(each).levels
+        assert [level.downsample for level in levels] == [1, 2, 4, 8]
+        for level in levels:
+            assert mark_of(level) == pytest.approx([1008, 2024], abs=0.01)
+
+
+def test_computed_levels_are_means_however_the_image_is_chunked(plain_section):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 613, 517), dtype=np.uint8)
+    levels = resolve_slide(plain_section(pixels, scale_factors=[2, 2], chunks=50)).levels
+    for level, factor in zip(levels[1:], (2, 4), strict=True):
+        height, width = 613 // factor, 517 // factor
+        squares = pixels[:, : height * factor, : width * factor].reshape(3, height, factor, width, factor)
+        assert np.abs(level.array.compute() - squares.mean((2, 4))).max() <= 0.5
+        assert max(level.array.chunks[1]) <= 50 // factor + 2  # no more is read at once than before
+
+
+def test_levels_that_lie_on_the_finest_are_read_as_stored(plain_section):
+    sdata = plain_section(np.zeros((3, 600, 520), np.uint8), scale_factors=[2, 2, 2])
+    for name in ("scale1", "scale2", "scale3"):
+        sdata["image"][name]["image"][:] = int(name[-1])
+    assert [int(level.array.max().compute()) for level in resolve_slide(sdata).levels] == [0, 1, 2, 3]
+    crop = sdata.query.bounding_box(
+        axes=("x", "y"), min_coordinate=[4, 8], max_coordinate=[400, 400], target_coordinate_system="global"
+    )
+    assert [int(level.array.max().compute()) for level in resolve_slide(crop).levels] == [0, 0, 0, 0]
+
+
+def test_stretched_and_shifted_levels_are_not_read(plain_section):
+    from xarray import DataTree
+
+    assert [level.downsample for level in resolve_slide(plain_section(scale_factors=[{"x": 2, "y": 3}])).levels] == [1]
+    pixels = np.zeros((3, 600, 520), np.uint8)
+    pixels[:, 400:420, 300:320] = 255
+    sdata = plain_section(pixels, scale_factors=[2])
+    levels = {name: level["image"].to_dataset(name="image") for name, level in sdata["image"].items()}
+    shifted = levels["scale1"].assign_coords(x=levels["scale1"].x + 3)
+    sdata["image"] = DataTree.from_dict({"scale0": levels["scale0"], "scale1": shifted.roll(x=7)})
+    assert mark_of(resolve_slide(sdata).levels[1]) == [310, 410]
 
 
 def test_level_is_chosen_by_resolution():

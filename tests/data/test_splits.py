@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hespotex.data.splits import Fold, check_folds, group_folds, spatial_blocks, spatial_folds
+from hespotex.data.splits import Fold, check_folds, group_folds, spatial_blocks
 from hespotex.errors import DataValueError, HespotexWarning, LeakageError
 
 
@@ -86,19 +86,3 @@ def test_blocks_of_odd_input():
     ]:
         with pytest.raises(DataValueError):
             spatial_blocks(wrong, **options)
-
-
-def test_spatial_folds_keep_their_buffer():
-    row, col = np.divmod(np.arange(400), 20)
-    xy = np.column_stack([col, row]) * 100.0
-    folds = spatial_folds(xy, 4, buffer_um=150)
-    assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(400))
-    for fold in folds:
-        distance = np.linalg.norm(xy[fold.train][:, None] - xy[fold.test], axis=2)
-        assert distance.min() >= 150
-        assert len(fold.train) + len(fold.test) < 400
-    assert all(len(fold.train) + len(fold.test) == 400 for fold in spatial_folds(xy, 4))
-    with pytest.raises(DataValueError, match="no training data"):
-        spatial_folds(xy, 2, buffer_um=1e6)
-    with pytest.raises(DataValueError, match="buffer_um"):
-        spatial_folds(xy, 2, buffer_um=-1)

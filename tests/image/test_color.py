@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from hespotex.image.color import (
     HE_VECTORS,
-    deconvolve,
-    estimate_stains,
     haematoxylin,
     is_void,
     optical_density,
@@ -17,6 +14,12 @@ from hespotex.image.color import (
 def paint(amounts: np.ndarray, vectors: np.ndarray = HE_VECTORS, white: float = 255.0) -> np.ndarray:
     """Colour of glass with these amounts of dye, (..., 2) -> (..., 3) uint8."""
     return np.clip(np.rint(white * 10 ** -(amounts @ vectors)), 0, 255).astype(np.uint8)
+
+
+def deconvolve(rgb: np.ndarray, white: np.ndarray | float = 255.0) -> np.ndarray:
+    """Amounts of haematoxylin, eosin and residual, (h, w, 3) -> (3, h, w)."""
+    tables = stain_tables(white=white)
+    return sum(tables[:, channel][:, rgb[..., channel]] for channel in range(3))
 
 
 def test_density_of_a_tenth_of_the_light_is_one():
@@ -54,29 +57,8 @@ def test_tables_equal_the_formula():
 
 def test_haematoxylin_is_the_first_dye():
     rgb = np.random.default_rng(2).integers(0, 256, (9, 7, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(haematoxylin(rgb), deconvolve(rgb)[0])
+    np.testing.assert_allclose(haematoxylin(rgb), deconvolve(rgb)[0], atol=1e-6)
     assert haematoxylin(rgb).dtype == np.float32
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.08])
-def test_stains_are_estimated(shift):
-    vectors = HE_VECTORS + np.array([[-shift, 0, shift], [shift, -shift, 0]])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    rng = np.random.default_rng(3)
-    nuclei = np.column_stack([rng.uniform(0.3, 1, 3000), rng.uniform(0, 0.05, 3000)])
-    fibres = np.column_stack([rng.uniform(0, 0.05, 3000), rng.uniform(0.3, 1, 3000)])
-    found = estimate_stains(paint(np.concatenate([nuclei, fibres]), vectors), min_density=0.02)
-    angles = np.rad2deg(np.arccos(np.clip((found * vectors).sum(axis=1), -1, 1)))
-    assert (angles < 6).all()
-
-
-@pytest.mark.parametrize(
-    "rgb",
-    [np.full((50, 50, 3), 255, np.uint8), paint(np.random.default_rng(4).uniform(0, 1, (50, 50, 1)) * [1.0, 0.0])],
-    ids=["glass", "one dye"],
-)
-def test_stains_that_cannot_be_told_are_the_usual_ones(rgb):
-    np.testing.assert_array_equal(estimate_stains(rgb), HE_VECTORS)
 
 
 def test_only_black_is_void():

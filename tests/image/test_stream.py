@@ -7,7 +7,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from hespotex.data.geometry import Level, Slide
+from hespotex.data.geometry import Level, Slide, resolve_slide
 from hespotex.errors import DataValueError, ScaleError
 from hespotex.image._chunks import ChunkReader
 from hespotex.image._prefetch import prefetch
@@ -111,6 +111,54 @@ def test_multiscale_and_single_scale_give_nearly_the_same_tiles():
     one, _ = tiles_of(slide_of(smooth), centres, tile_um=64, tile_px=32)
     many, _ = tiles_of(slide_of(smooth, factors=(2, 4)), centres, tile_um=64, tile_px=32)
     assert np.abs(one.astype(int) - many).max() <= 3
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_a_mark_near_the_far_corner_lies_where_it_should_at_every_level(factor):
+    """An odd size, of which halving drops a part: the ratio of sizes is not the size of a pixel."""
+    pixels = np.zeros((3, 1031, 1031), np.uint8)
+    pixels[:, 1008:1016, 1008:1016] = 255
+    slide = slide_of(pixels, factors=(2, 4, 8))
+    mpp = 0.5 * factor
+    assert working_grid(slide, mpp).level.downsample == factor
+    tiles, _ = tiles_of(slide, [[1012, 1012]], tile_um=16 * mpp, tile_px=16, fill=0)
+    weight, position = tiles[0, ..., 0].astype(float), (np.arange(16) + 0.5 - 8) * mpp
+    assert (weight.sum(0) @ position / weight.sum(), weight.sum(1) @ position / weight.sum()) == pytest.approx(
+        (0, 0), abs=0.02
+    )
+    grid = working_grid(slide, mpp)
+    found = np.argwhere(assembled(slide, mpp=mpp)[..., 0] == 255)
+    np.testing.assert_allclose(grid.to_pixels(found.mean(0) + 0.5), [1012, 1012])
+
+
+def test_a_level_without_the_odd_last_row_has_no_white_border():
+    slide = slide_of(np.full((3, 207, 203), 10, np.uint8), factors=(2, 4, 8))
+    tiles, padded = tiles_of(slide, [[203 - 64, 207 - 64]], tile_um=64, tile_px=16)
+    assert not padded.any()
+    assert tiles.max() == 10
+    whole = assembled(slide, mpp=4.0)
+    assert whole.shape == (26, 26, 3)
+    assert whole.max() == 10
+
+
+@pytest.mark.parametrize("offset", [(101, 203), (64, 64), (7, 90)])
+@pytest.mark.parametrize("tile_um", [64.0, 128.0, 256.0])
+def test_a_crop_at_any_pixel_gives_the_same_tiles(plain_section, offset, tile_um):
+    """spatialdata cuts coarser levels at pixels of their own; tiles lie within 0.05 µm of those of the whole."""
+    y, x = np.mgrid[:1011, :1109]
+    spot = (255 * np.exp(-((x - 600) ** 2 + (y - 500) ** 2) / 2 / 16**2)).astype(np.uint8)
+    sdata = plain_section(np.stack([spot] * 3), scale_factors=[2, 2, 2])
+    crop = sdata.query.bounding_box(
+        axes=("x", "y"), min_coordinate=list(offset), max_coordinate=[1050, 990], target_coordinate_system="global"
+    )
+    found = []
+    for section, centre in ((sdata, (603.0, 497.0)), (crop, (603.0 - offset[0], 497.0 - offset[1]))):
+        slide = resolve_slide(section)
+        assert len(slide.levels) == 4
+        tiles, _ = tiles_of(slide, [centre], tile_um=tile_um, tile_px=64)
+        weight, position = tiles[0, ..., 0].astype(float), (np.arange(64) + 0.5) * tile_um / 64
+        found.append((weight.sum(0) @ position / weight.sum(), weight.sum(1) @ position / weight.sum()))
+    assert found[1] == pytest.approx(found[0], abs=0.05)
 
 
 def test_scaled_image_gives_the_same_tiles():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import sparse
+from spatialdata.models import get_table_keys
 from spatialdata.transformations import get_transformation
 
 import hespotex as hx
@@ -89,6 +90,46 @@ def test_preview_is_reported_and_fits() -> None:
     assert sdata["table"].obsm["spatial"] == pytest.approx(adata.obsm["spatial"] * 0.1)
     assert mpp_of(sdata) == pytest.approx(2.5)
     assert sdata["spots"]["radius"].iloc[0] == pytest.approx(13)
+    # the scalefactors go with the positions: what squidpy draws with them still fits
+    factors = sdata["table"].uns["spatial"]["lib"]["scalefactors"]
+    assert factors == pytest.approx(
+        {"spot_diameter_fullres": 26, "tissue_hires_scalef": 1.0, "tissue_lowres_scalef": 0.3}
+    )
+    assert adata.uns["spatial"]["lib"]["scalefactors"]["spot_diameter_fullres"] == 260
+
+
+def test_columns_of_the_user_stay(tmp_path: Path) -> None:
+    adata = visium()
+    adata.obs["region"], adata.obs["Spot_ID"] = "cortex", np.arange(9)
+    table = hx.io.from_anndata(adata, image())["table"]
+    assert table.obs["region"].tolist() == ["cortex"] * 9
+    assert table.obs["Spot_ID"].tolist() == list(range(9))
+    assert get_table_keys(table) == ("spots", "hespotex_region", "hespotex_spot_id")
+    again = hx.io.from_anndata(table, image())["table"]  # of the same content, they are taken as they are
+    assert get_table_keys(again) == ("spots", "hespotex_region", "hespotex_spot_id")
+    plain = hx.io.from_anndata(visium(), image())["table"]
+    assert get_table_keys(hx.io.from_anndata(plain, image())["table"]) == ("spots", "region", "spot_id")
+    section = hx.io.from_anndata(adata, image())
+    section.write(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("place", ["obs", "uns", "layers"])
+def test_names_that_spatialdata_does_not_take(place: str) -> None:
+    adata = visium()
+    getattr(adata, place)["a key"] = adata.X if place == "layers" else 1
+    with pytest.raises(DataValueError, match="a key"):
+        hx.io.from_anndata(adata, image())
+
+
+@pytest.mark.parametrize("value", [np.nan, "maybe"])
+def test_in_tissue_must_be_known(value: object) -> None:
+    adata = visium()
+    adata.obs["in_tissue"] = np.array([1] * 8 + [value], dtype=object)
+    with pytest.raises(DataValueError, match=r"in_tissue.*AAC8-1"):
+        hx.io.from_anndata(adata, image())
+    for stored in ([True] * 8 + [False], pd.Categorical(["1"] * 8 + ["0"])):
+        adata.obs["in_tissue"] = stored
+        assert hx.io.from_anndata(adata, image())["table"].n_obs == 8
 
 
 def test_coarse_image_is_reported() -> None:
@@ -182,6 +223,21 @@ def test_hest_folders_and_metadata(hest: Path) -> None:
     assert mpp_of(sdata) == pytest.approx(2.4)
     assert sdata.attrs["hespotex"] == {"name": "S1", "patient": "Patient 3"}
     assert mpp_of(hx.io.read_hest(hest, mpp=2.6)) == pytest.approx(2.6)
+
+
+@pytest.mark.parametrize("content", [b"", b"no table", None])
+def test_hest_damaged_table(hest: Path, content: bytes | None) -> None:
+    table = hest / "S1.h5ad"
+    table.write_bytes(table.read_bytes()[:3000] if content is None else content)
+    with pytest.raises(DataValueError, match=r"path: 'S1\.h5ad'"):
+        hx.io.read_hest(hest)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff"])
+def test_hest_damaged_metadata(hest: Path, content: bytes) -> None:
+    (hest / "S1.json").write_bytes(content)
+    with pytest.raises(DataValueError, match=r"metadata: 'S1\.json'"):
+        hx.io.read_hest(hest)
 
 
 def test_hest_failures(hest: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def own_cache(tmp_path: Path):
 
 def test_halve_is_the_rounded_mean_of_each_box() -> None:
     pixels = np.array([[[0, 1, 9], [1, 1, 9], [9, 9, 9]]], dtype=np.uint8)
-    assert halve(pixels).tolist() == [[[1]]]  # 3/4, the odd row and column dropped
+    assert halve(pixels).tolist() == [[[1, 9], [9, 9]]]  # 3/4; the odd row and column count twice
     assert halve(np.full((3, 4, 6), 255, np.uint8)).tolist() == np.full((3, 2, 3), 255).tolist()
 
 
@@ -49,7 +50,7 @@ def test_every_lossless_format_gives_the_same_pyramid(tmp_path: Path, kind: str)
         tifffile.imwrite(path, pixels, photometric="rgb", compression="zlib", **tile)
     sdata = hx.io.read_image(path, mpp=0.5)
     levels = [level["image"] for level in sdata["image"].children.values()]
-    assert [level.shape for level in levels] == [(3, 1301, 2309), (3, 650, 1154), (3, 325, 577)]
+    assert [level.shape for level in levels] == [(3, 1301, 2309), (3, 651, 1155), (3, 326, 578)]
     assert all(level.dtype == np.uint8 and list(level.c.values) == ["r", "g", "b"] for level in levels)
     assert np.array_equal(top(sdata), pixels)
     expected = np.moveaxis(pixels, -1, 0)
@@ -58,7 +59,35 @@ def test_every_lossless_format_gives_the_same_pyramid(tmp_path: Path, kind: str)
         assert np.array_equal(level.values, expected)
     # coordinates of all levels are those of the finest: pixel centres
     assert levels[0].x.values[:2].tolist() == [0.5, 1.5]
-    assert levels[1].x.values[0] == pytest.approx(2309 / 1154 / 2)
+    assert levels[1].x.values[:2].tolist() == [1.0, 3.0]
+    assert levels[2].y.values[-1] == 325.5 * 4
+
+
+@pytest.mark.parametrize("kind", ["stripped.tif", "tiled.tif", "array"])
+def test_a_mark_near_the_far_corner_lies_there_at_every_level(tmp_path: Path, kind: str) -> None:
+    """Odd sizes: were the ratio of sizes the size of a pixel, the mark would be a pixel of the level off."""
+    from hespotex.data.geometry import resolve_slide
+    from hespotex.io._assemble import build_slide
+
+    pixels = np.zeros((4111, 2074, 3), np.uint8)
+    x, y = 2056, 4096  # a pixel of every level
+    pixels[y : y + 8, x : x + 8] = 255
+    if kind == "array":
+        sdata = build_slide(open_picture(pixels).levels, 0.5, {})
+    else:
+        tile = {"tile": (256, 256)} if kind == "tiled.tif" else {"rowsperstrip": 64}
+        tifffile.imwrite(tmp_path / kind, pixels, photometric="rgb", compression="zlib", **tile)
+        sdata = hx.io.read_image(tmp_path / kind, mpp=0.5)
+    stored = [level["image"] for level in sdata["image"].children.values()]
+    slide = resolve_slide(sdata)
+    assert [level.downsample for level in slide.levels] == [1, 2, 4, 8]
+    for level, array in zip(slide.levels, stored, strict=True):
+        weight = array.isel(c=0).astype(float).compute()
+        for found in (
+            (float((weight * array.x).sum() / weight.sum()), float((weight * array.y).sum() / weight.sum())),
+            (np.argwhere(weight.values > 0)[:, ::-1].mean(0) + 0.5) * level.downsample,
+        ):
+            assert tuple(found) == pytest.approx((x + 4, y + 4), abs=1e-6)
 
 
 def test_image_is_lazy_and_a_crop_reads_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +112,31 @@ def test_jpeg_is_decoded_once(tmp_path: Path, own_cache: Path, monkeypatch: pyte
     path.rename(tmp_path / "other.jpg")  # the content names the cache, not the path
     assert np.array_equal(top(hx.io.read_image(tmp_path / "other.jpg", mpp=1.0)), first)
     assert [folder.name[-4:] for folder in (own_cache / "images").iterdir()] != [".tmp"]
+
+
+@pytest.mark.parametrize("what", ["all", "one chunk"])
+def test_a_cache_deleted_while_in_use_is_an_error_and_not_black(tmp_path: Path, own_cache: Path, what: str) -> None:
+    pixels = np.zeros((1100, 1100, 3), np.uint8)  # black chunks are written, too
+    Image.fromarray(pixels).save(tmp_path / "slide.png")
+    sdata = hx.io.read_image(tmp_path / "slide.png", mpp=1.0)
+    assert (top(sdata) == 0).all()
+    if what == "all":
+        shutil.rmtree(own_cache)
+    else:
+        next(own_cache.glob("images/*/level0/c/0/1/1")).unlink()
+    for image in (sdata["image"], pickle.loads(pickle.dumps(sdata["image"]))):
+        with pytest.raises(DataValueError, match=r"settings\.cache_dir.*[Rr]ead the image again"):
+            image["scale0"]["image"].compute()
+    shutil.rmtree(own_cache, ignore_errors=True)
+    assert (top(hx.io.read_image(tmp_path / "slide.png", mpp=1.0)) == pixels).all()
+
+
+def test_pyramids_of_an_older_layout_are_not_used(tmp_path: Path, own_cache: Path) -> None:
+    from hespotex.io._pyramid import sha256
+
+    Image.fromarray(noise(40, 30)).save(tmp_path / "slide.png")
+    (own_cache / "images" / sha256(tmp_path / "slide.png")).mkdir(parents=True)
+    assert np.array_equal(top(hx.io.read_image(tmp_path / "slide.png", mpp=1.0)), noise(40, 30))
 
 
 def test_interrupted_decoding_leaves_no_half_cache(
@@ -174,6 +228,8 @@ def test_scales_of_x_and_y_must_agree(tmp_path: Path) -> None:
     )
     with pytest.raises(ScaleError, match="in x"):
         hx.io.read_image(tmp_path / "a.tif")
+    with pytest.warns(HespotexWarning, match=r"0\.5 \(x\) and 0\.4762 \(y\)"):  # whoever knows better may say so
+        assert hx.io.read_image(tmp_path / "a.tif", mpp=1.0)
     assert isotropic(1.0, 1.02, "test") == pytest.approx(1.02**0.5)
     with pytest.raises(ScaleError):
         isotropic(1.0, 0.96, "test")

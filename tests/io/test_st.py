@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import spatialdata
+import tifffile
 from PIL import Image
 from spatialdata.transformations import get_transformation
 
@@ -171,11 +172,88 @@ def test_tables_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         hx.io.read_st(**write(tmp_path, spots=frame().drop(columns="pixel_y")))
 
 
-def test_upside_down_and_outside(tmp_path: Path) -> None:
-    with pytest.raises(ScaleError, match="pixel_y"):
-        hx.io.read_st(**write(tmp_path, spots=frame(pixel_y=[120.0, 120.0, 80.0, 40.0])))
-    with pytest.raises(GeometryError, match="3x3"):
-        hx.io.read_st(**write(tmp_path, pixels=np.zeros((100, 100, 3), np.uint8)))
+def test_a_mirrored_array_has_a_scale(tmp_path: Path) -> None:
+    sdata = hx.io.read_st(**write(tmp_path, spots=frame(pixel_y=[120.0, 120.0, 80.0, 40.0])))
+    assert get_transformation(sdata["image"], "microns").scale[0] == pytest.approx(5)
+
+
+def test_resolution_tags_are_not_asked_where_the_spots_give_the_scale(tmp_path: Path) -> None:
+    paths = write(tmp_path)
+    paths["image"] = tmp_path / "s.tif"
+    tifffile.imwrite(
+        paths["image"],
+        np.zeros((200, 160, 3), np.uint8),
+        photometric="rgb",
+        resolution=(2000, 4000),
+        resolutionunit="CENTIMETER",
+    )
+    assert get_transformation(hx.io.read_st(**paths)["image"], "microns").scale[0] == pytest.approx(5)
+
+
+def damage(paths: dict[str, Path], what: str) -> None:
+    """Spoil one of the files of a section."""
+    content = paths["counts"].read_bytes()
+    lines = gzip.decompress(content).split(b"\n")
+    text = paths["spots"].read_text()
+    if what == "counts empty":
+        paths["counts"].write_bytes(gzip.compress(b""))
+    elif what == "counts of a header":
+        paths["counts"].write_bytes(gzip.compress(lines[0]))
+    elif what == "counts not gzipped":
+        paths["counts"].write_bytes(b"\n".join(lines))
+    elif what == "counts truncated":
+        paths["counts"].write_bytes(content[:-12])
+    elif what == "counts ragged":
+        paths["counts"].write_bytes(gzip.compress(b"\n".join([*lines, b"4x4\t1\t2\t3\t4\t5"])))
+    elif what == "spots empty":
+        paths["spots"].write_bytes(b"")
+    elif what == "spots not text":
+        paths["spots"].write_bytes(b"\xff\xfe\x00\x81")
+    else:
+        column, value = what.split("=")
+        spots = pd.read_csv(paths["spots"], sep="\t").astype(object)
+        spots.loc[1, column] = value
+        spots.to_csv(paths["spots"], sep="\t", index=False)
+        assert paths["spots"].read_text() != text
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "counts empty", "counts of a header", "counts not gzipped", "counts truncated", "counts ragged",
+        "spots empty", "spots not text", "pixel_x=left", "pixel_y=", "x=one", "y=", "selected=", "selected=yes",
+        "new_x=", "new_y=up",
+    ],
+)  # fmt: skip
+def test_damaged_tables_are_named(tmp_path: Path, what: str) -> None:
+    columns = {"selected": 1, "new_x": [1.0, 2, 1, 3], "new_y": [1.0, 1, 2, 3]}
+    paths = write(tmp_path, spots=frame(**columns))
+    hx.io.read_st(**paths)
+    damage(paths, what)
+    named = r"counts: 's\.tsv\.gz'" if what.startswith("counts") else r"spots: 's\.tsv'"
+    with pytest.raises(DataValueError, match=named) as caught:
+        hx.io.read_st(**paths)
+    if "=" in what:
+        assert repr(what.split("=")[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("pitch_um", [(1, 2, 3), (), "far", (200, "far"), (200, -1)])
+def test_pitch_is_one_number_or_two(tmp_path: Path, pitch_um: object) -> None:
+    with pytest.raises(ScaleError, match="pitch_um"):
+        hx.io.read_st(**write(tmp_path), pitch_um=pitch_um)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frame_size", [(160,), (160, 200, 3), (160, "high"), 160])
+def test_frame_size_is_two_numbers(tmp_path: Path, frame_size: object) -> None:
+    with pytest.raises(ScaleError, match="frame_size"):
+        hx.io.read_st(**write(tmp_path), frame_size=frame_size)  # type: ignore[arg-type]
+
+
+def test_outside_and_grey(tmp_path: Path) -> None:
+    for side in (100, 120):  # a position equal to the width is not on the image: embedding refuses it, too
+        with pytest.raises(GeometryError, match="3x3"):
+            hx.io.read_st(**write(tmp_path, pixels=np.zeros((side, side, 3), np.uint8)))
+    assert hx.io.read_st(**write(tmp_path, pixels=np.zeros((121, 121, 3), np.uint8)))
     with pytest.raises(ImageFormatError):
         hx.io.read_st(**write(tmp_path, pixels=np.zeros((200, 160), np.uint8)))
 

@@ -1,23 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 
-
-def load_writer():
-    """The helper beside this file (tests are no package)."""
-    spec = importlib.util.spec_from_file_location("visium_folder", Path(__file__).with_name("visium_folder.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.write_visium_folder
+from .visium_folder import write_visium_folder
 
 
 def test_spatialdata_io_reads_the_folder(tmp_path: Path, section) -> None:
     from spatialdata_io import visium
 
-    image = load_writer()(tmp_path / "outs", section, mpp=0.5)
+    image = write_visium_folder(tmp_path / "outs", section, mpp=0.5)
     sdata = visium(tmp_path / "outs", dataset_id="sample", fullres_image_file=image)
     full = sdata["sample_full_image"]
     pixels = np.asarray(full["scale0"]["image"] if hasattr(full, "children") else full)

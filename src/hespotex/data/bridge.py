@@ -16,14 +16,13 @@ from scipy import sparse
 from .._keys import Keys
 from ..errors import (
     AmbiguousKeyError,
-    CountsError,
     DataTypeError,
     DataValueError,
     HespotexWarning,
     MissingKeyError,
     ScaleError,
 )
-from .counts import check_counts, check_names
+from .counts import check_counts, check_names, counts_of, library_size
 from .section import Section, Targets
 from .tables import AnnotatedTable, resolve_slides, resolve_table, table_centres
 
@@ -39,7 +38,6 @@ __all__ = [
     "embedding_entry",
     "find_embedding",
     "regions_of",
-    "sections_from",
     "views_of",
 ]
 
@@ -127,39 +125,6 @@ def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
         f"the table holds no image embedding (obsm: {sorted(adata.obsm)}); make one with hx.pp.embed(sdata), "
         "or name your own with embedding_key="
     )
-
-
-def sections_from(
-    sdatas: SpatialData | AnnData | Sequence[SpatialData | AnnData],
-    *,
-    genes: Sequence[str] | None = None,
-    unit: str = "log1p_cp10k",
-    embedding_key: str | None = None,
-    table_key: str | None = None,
-    shapes_key: str | None = None,
-    image_key: str | None = None,
-    counts_layer: str | None = None,
-    groups: Sequence[str] | str | None = None,
-    min_counts: int = 0,
-    with_edges: bool = False,
-) -> list[Section]:
-    """Sections of one or many objects, named uniquely; see :func:`views_of` for the arguments."""
-    return [
-        view.section
-        for view in views_of(
-            sdatas,
-            genes=genes,
-            unit=unit,
-            embedding_key=embedding_key,
-            table_key=table_key,
-            shapes_key=shapes_key,
-            image_key=image_key,
-            counts_layer=counts_layer,
-            groups=groups,
-            min_counts=min_counts,
-            with_edges=with_edges,
-        )
-    ]
 
 
 def views_of(
@@ -334,8 +299,8 @@ def _view(
     adata = table.adata
     targets = None
     if genes is not None:
-        counts, library_size = _counts(adata, rows, genes, counts_layer, name)
-        enough = library_size >= min_counts
+        counts, total = _counts(adata, rows, genes, counts_layer, name)
+        enough = total >= min_counts
         if not enough.any():
             raise DataValueError(
                 f"section {name!r}: none of its {len(rows)} observations has min_counts={min_counts} counts or more; leave "
@@ -348,8 +313,8 @@ def _view(
                 HespotexWarning,
                 stacklevel=2,
             )
-            rows, counts, library_size = rows[enough], counts[enough], library_size[enough]
-        targets = Targets(counts, library_size, tuple(genes), unit)
+            rows, counts, total = rows[enough], counts[enough], total[enough]
+        targets = Targets(counts, total, tuple(genes), unit)
     everything = len(rows) == adata.n_obs
     features = adata.obsm[embedding_key]
     extras = {
@@ -385,16 +350,11 @@ def _counts(
     """Counts of the panel, CSR (n, G), and the total over all genes, (n,)."""
     import pandas as pd
 
-    if counts_layer is not None and counts_layer not in adata.layers:
-        raise MissingKeyError(f"counts_layer={counts_layer!r} is not in layers, which hold {list(adata.layers)}")
-    source = adata.layers[counts_layer] if counts_layer is not None else adata.X
-    if source is None:
-        raise CountsError(f"section {name!r} has no counts: X is empty")
+    source = counts_of(adata, counts_layer, f"section {name!r}")
     check_counts(source, f"section {name!r}")
     columns = adata.var_names.get_indexer(pd.Index(list(genes)))
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
         raise MissingKeyError(f"section {name!r} lacks {len(missing)} of {len(genes)} genes: {', '.join(missing[:10])}")
-    library_size = np.asarray(source.sum(axis=1), dtype=np.float64).ravel()
     panel = sparse.csr_array(source[:, columns])
-    return panel[rows], library_size[rows]
+    return panel[rows], library_size(source)[rows]

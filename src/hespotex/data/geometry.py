@@ -6,7 +6,7 @@ Positions are (x right, y down) in pixels of an image's finest level, where pixe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ __all__ = [
     "image_transformations",
     "is_microns",
     "level0_shape",
+    "level_factor",
+    "on_image",
     "pixel_maps",
     "resolve_slide",
     "shape_centres",
@@ -57,7 +59,15 @@ VISIUM_PITCH_UM = 100.0
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One level of a slide's pyramid: lazy (3, h, w) uint8 and the size of its pixel in pixels of level 0."""
+    """One level of a slide's pyramid, which begins where level 0 begins.
+
+    Attributes
+    ----------
+    array
+        Lazy (3, h, w) uint8.
+    downsample
+        Size of its pixel in pixels of level 0, along both axes.
+    """
 
     array: da.Array
     downsample: float
@@ -115,17 +125,51 @@ class Slide:
 
     def contains(self, pixels: np.ndarray) -> np.ndarray:
         """Whether each of the level-0 pixel positions (n, 2) lies on the image, (n,) bool."""
-        height, width = self.shape
-        return np.all((pixels >= 0) & (pixels < (width, height)), axis=1)
+        return on_image(pixels, self.shape)
 
 
-def resolve_slide(
-    sdata: SpatialData, *, image_key: str | None = None, coordinate_system: str | None = None, mpp: float | None = None
-) -> Slide:
+def on_image(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Whether each of the positions (n, 2) lies on an image of height and width `shape`, (n,) bool.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> on_image(np.array([[0.0, 0.0], [9.9, 4.0], [10.0, 4.0]]), (5, 10)).tolist()
+    [True, True, False]
+    """
+    height, width = shape
+    return np.all((pixels >= 0) & (pixels < (width, height)), axis=1)
+
+
+def level_factor(full: Sequence[int], size: Sequence[int]) -> int | None:
+    """How many pixels of an image make one of a level; ``None`` if that is no whole number, or not one for both axes.
+
+    Pyramids halve, and drop or keep an odd last row. The ratio of sizes is then off by up to a pixel of the level at
+    the far border, which is several µm.
+
+    Parameters
+    ----------
+    full, size
+        Height and width of the image and of the level.
+
+    Examples
+    --------
+    >>> level_factor((9911, 9274), (619, 579)), level_factor((9911, 9274), (620, 580)), level_factor((90, 90), (40, 40))
+    (16, 16, None)
+    """
+    ratio = float(np.sqrt(full[0] / size[0] * full[1] / size[1]))
+    # a level of few pixels fits several numbers, of which a power of two is the likely one
+    for factor in (2 ** max(round(np.log2(ratio)), 0), max(round(ratio), 1)):
+        if all(small in (large // factor, -(-large // factor)) for large, small in zip(full, size, strict=True)):
+            return factor
+    return None
+
+
+def resolve_slide(sdata: SpatialData, *, image_key: str | None = None) -> Slide:
     """The one RGB image of `sdata` (or the one named), with its scale.
 
-    The scale is, in this order: `mpp`; the image's transformation to the coordinate system in µm; the spacing
-    of Visium spots (100 µm) that lie on the image. It is never guessed.
+    The scale is the image's transformation to the coordinate system in µm or, where there is none, the spacing of
+    Visium spots (100 µm) that lie on the image. It is never guessed.
 
     Parameters
     ----------
@@ -133,10 +177,6 @@ def resolve_slide(
         Object with an 8-bit RGB image (c, y, x), single- or multiscale.
     image_key
         Name in ``sdata.images``; may be left out where there is only one.
-    coordinate_system
-        Coordinate system in µm; ``"microns"`` by default.
-    mpp
-        µm per pixel of the finest level, overriding what is stored.
 
     Raises
     ------
@@ -154,21 +194,14 @@ def resolve_slide(
     """
     key = find_image_key(sdata, image_key)
     levels = _levels(key, sdata.images[key])
-    to_microns = _to_microns(sdata, key, coordinate_system or Keys.MICRONS, required=coordinate_system is not None)
-    if mpp is not None:
-        if not np.isfinite(mpp) or mpp <= 0:
-            raise ScaleError(f"mpp={mpp!r} must be a positive number of µm per pixel")
-        if to_microns is None:
-            to_microns = np.diag([mpp, mpp, 1.0])
-        else:
-            to_microns = np.diag([mpp / _isotropic(key, to_microns)] * 2 + [1.0]) @ to_microns
+    to_microns = _to_microns(sdata, key)
     if to_microns is None:
         spacing = _mpp_from_visium(sdata, key)
         if spacing is None:
             raise ScaleError(
                 f"the pixel size of image {key!r} is unknown: it has no transformation to a coordinate system "
-                f"{Keys.MICRONS!r} and no Visium spots to measure it by. Give it once with "
-                f"hx.pp.set_scale(sdata, mpp=...), or per call with mpp="
+                f"{Keys.MICRONS!r} and no Visium spots to measure it by. Set it with hx.pp.set_scale(sdata, mpp=...), "
+                f"or pass it to hx.tl.predict(..., mpp=...)"
             )
         to_microns = np.diag([spacing, spacing, 1.0])
     slide = Slide(key=key, levels=levels, mpp=_isotropic(key, to_microns), to_microns=to_microns)
@@ -291,6 +324,7 @@ def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseT
 
 
 def _levels(key: str, image: Any) -> tuple[Level, ...]:
+    """The finest level and coarser ones: as stored where they are known to lie on it, else computed when read."""
     import dask.array as da
     from spatialdata import get_pyramid_levels
     from xarray import DataArray
@@ -300,13 +334,73 @@ def _levels(key: str, image: Any) -> tuple[Level, ...]:
     height, width = arrays[0].shape[1:]
     if 0 in (height, width):
         raise ImageFormatError(f"image {key!r} is empty: {width} × {height} px")
-    return tuple(
-        Level(
-            array=array.data if isinstance(array.data, da.Array) else da.from_array(array.data),
-            downsample=float(np.sqrt(height / array.shape[1] * width / array.shape[2])),
-        )
-        for array in arrays
+    levels: list[Level] = []
+    trusted, is_crop = arrays[0].data, _is_crop(image)
+    trusted_factor = 1
+    for array in arrays:
+        factor = level_factor((height, width), array.shape[1:])
+        if factor is None or factor > min(height, width):
+            continue  # stretched or cut in some way: a finer level serves
+        if not levels or (not is_crop and _lies_on(arrays[0], array, factor)):
+            trusted, trusted_factor = array.data, factor
+        data = trusted if isinstance(trusted, da.Array) else da.from_array(trusted)
+        if factor % trusted_factor == 0:
+            levels.append(Level(_reduced(data, factor // trusted_factor), float(factor)))
+    return tuple(levels)
+
+
+def _reduced(array: da.Array, factor: int) -> da.Array:
+    """Lazy rounded means of squares of `factor` pixels, chunk by chunk; odd last rows and columns are dropped."""
+    if factor == 1:
+        return array
+    edges = [np.unique(np.cumsum(sizes) // factor * factor) for sizes in array.chunks[1:]]
+    rows, columns = (tuple(np.diff(stops, prepend=0)[stops > 0].tolist()) for stops in edges)
+    whole = array[:, : sum(rows), : sum(columns)].rechunk((array.chunks[0], rows, columns))
+    chunks = (array.chunks[0], *(tuple(size // factor for size in sizes) for sizes in (rows, columns)))
+    return whole.map_blocks(_square_means, factor, dtype=np.uint8, chunks=chunks)
+
+
+def _square_means(pixels: np.ndarray, side: int) -> np.ndarray:
+    total = np.zeros((len(pixels), pixels.shape[1] // side, pixels.shape[2] // side), np.uint32)
+    # one strided addition per pixel of a square: a reduction over short axes is several times slower
+    for row in range(side):
+        for column in range(side):
+            total += pixels[:, row::side, column::side]
+    return ((total + side**2 // 2) // side**2).astype(np.uint8)
+
+
+def _is_crop(image: Any) -> bool:
+    """Whether an image was cut by spatialdata's queries.
+
+    They cut each level at whole pixels of its own, up to a pixel from where the finest is cut, and do not keep by how
+    much. Of such an image only the finest level lies where its transformation says.
+    """
+    from spatialdata import transformations as known
+
+    return any(
+        isinstance(way, known.Sequence)
+        and way.transformations
+        and isinstance(way.transformations[0], known.Translation)
+        for way in _transformations(image).values()
     )
+
+
+def _lies_on(finest: Any, array: Any, factor: int) -> bool:
+    """Whether pixel *i* of a level is known to cover [i·factor, (i + 1)·factor) of the finest level."""
+    for axis in ("x", "y"):
+        large, small = finest.sizes[axis], array.sizes[axis]
+        if axis in finest.coords and axis in array.coords:
+            centres = array.coords[axis].values - finest.coords[axis].values[0] + 0.5
+            steps = np.arange(small) + 0.5
+            if np.allclose(centres, steps * factor, rtol=0, atol=1e-3):
+                continue
+            if not np.allclose(centres, steps * large / small, rtol=0, atol=1e-3):
+                return False
+        # spatialdata states the ratio of sizes, whatever was done with the odd rows: its own pyramids drop the first
+        # ones, those of files the last
+        if small * factor < large:
+            return False
+    return True
 
 
 def _check_rgb(key: str, array: Any) -> Any:
@@ -363,16 +457,12 @@ def _isotropic(key: str, to_microns: np.ndarray) -> float:
     return float(np.sqrt(large * small))
 
 
-def _to_microns(sdata: SpatialData, key: str, coordinate_system: str, *, required: bool) -> np.ndarray | None:
+def _to_microns(sdata: SpatialData, key: str) -> np.ndarray | None:
     known = _transformations(sdata.images[key])
-    if coordinate_system in known:
-        return _matrix(known[coordinate_system])
+    if Keys.MICRONS in known:
+        return _matrix(known[Keys.MICRONS])
     suffixed = [name for name in known if is_microns(name)]
-    if not required and len(suffixed) == 1:
-        return _matrix(known[suffixed[0]])
-    if required:
-        raise MissingKeyError(f"image {key!r} is not in coordinate_system={coordinate_system!r}, but in {list(known)}")
-    return None
+    return _matrix(known[suffixed[0]]) if len(suffixed) == 1 else None
 
 
 def _mpp_from_visium(sdata: SpatialData, image_key: str) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from scipy import sparse
 
+from .._keys import Keys
 from ..errors import CountsError, DataValueError, MissingKeyError
 from .counts import check_counts, check_names, library_size
 from .units import normalize_sparse
@@ -26,6 +27,9 @@ METHODS: Final[tuple[str, ...]] = get_args(Method)
 # 4,200 spots that is this share. It does so only for panels asked for with fewer than 1,100 genes.
 PAPER_FRACTION: Final = 0.024
 PAPER_MAX_N_TOP: Final = 1100
+
+_LOESS_GENES: Final = 3  # a parabola takes three points; with none, the installed loess takes the interpreter down
+_GENES_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +119,7 @@ def choose_panel(
     detected = np.sum([np.diff(matrix.indptr) for matrix in counts], axis=0) >= needed
     if method == "hvg":
         # As published: first the union over sections, then the filter, so that it also thins a list taken whole.
-        chosen = _highly_variable(counts, n_top, span) & detected
+        chosen = _highly_variable(sources, counts, n_top, span) & detected
     else:
         score = np.where(
             detected,
@@ -146,7 +150,9 @@ def _spots_needed(method: str, n_top: int, fraction: float | None, absolute: int
     return fraction * n_spots
 
 
-def _highly_variable(counts: Sequence[sparse.csc_array], n_top: int, span: float) -> np.ndarray:
+def _highly_variable(
+    sources: Sequence[PanelSource], counts: Sequence[sparse.csc_array], n_top: int, span: float
+) -> np.ndarray:
     """Union over sections of scanpy's ``seurat_v3`` genes."""
     import pandas as pd
     import scanpy as sc
@@ -157,11 +163,32 @@ def _highly_variable(counts: Sequence[sparse.csc_array], n_top: int, span: float
         return np.ones(n_genes, dtype=bool)
     union = np.zeros(n_genes, dtype=bool)
     names = pd.Index([str(column) for column in range(n_genes)])
-    for matrix in counts:
+    for source, matrix in zip(sources, counts, strict=True):
         section = AnnData(sparse.csr_matrix(matrix).astype(np.float64), var=pd.DataFrame(index=names))
-        found = sc.pp.highly_variable_genes(section, flavor="seurat_v3", n_top_genes=n_top, span=span, inplace=False)
+        what = (
+            f"section {source.name!r}: method='hvg' fits no trend of variance to its {matrix.shape[0]} spots and "
+            f"{n_genes} shared genes"
+        )
+        advice = "choose method='high_mean', or leave the section out"
+        n_vary = _n_varying(matrix)
+        if span * n_vary < _LOESS_GENES:
+            raise DataValueError(f"{what}, of which {n_vary} vary, at span={span:g}; {advice}")
+        try:
+            found = sc.pp.highly_variable_genes(
+                section, flavor="seurat_v3", n_top_genes=n_top, span=span, inplace=False
+            )
+        except ValueError as error:  # loess, where means coincide: few spots, few counts
+            raise DataValueError(f"{what} ({error}); raise span (now {span:g}), or {advice}") from error
         union |= found["highly_variable"].to_numpy(dtype=bool)
     return union
+
+
+def _n_varying(counts: sparse.csc_array) -> int:
+    """Number of genes that differ between spots; sums of whole numbers are exact."""
+    values = counts.astype(np.float64)
+    total = np.asarray(values.sum(axis=0)).ravel()
+    squares = np.asarray(values.multiply(values).sum(axis=0)).ravel()
+    return int((counts.shape[0] * squares > total**2).sum())
 
 
 def _log_normalised(source: PanelSource, counts: sparse.csc_array) -> sparse.csc_array:
@@ -198,17 +225,28 @@ def _morans_i(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
     linked = np.diff(graph.indptr) > 0
     if linked.sum() < 3:
         raise DataValueError(f"section {source.name!r}: fewer than three spots have a neighbour")
-    values = sparse.csr_matrix(_log_normalised(source, counts))[linked]
-    varies = np.asarray(_variances(source, counts)) > 1e-12
+    graph = graph[linked][:, linked]
+    values = sparse.csc_matrix(sparse.csr_matrix(_log_normalised(source, counts))[linked])
+    varies = np.flatnonzero(_variances(source, counts) > 1e-12)
     result = np.full(counts.shape[1], -np.inf)
-    names = pd.Index([str(column) for column in np.flatnonzero(varies)])
-    section = AnnData(values[:, varies].toarray(), var=pd.DataFrame(index=names))
-    section.obsp["spatial_connectivities"] = graph[linked][:, linked]
-    table = sq.gr.spatial_autocorr(
-        section, mode="moran", genes=list(names), n_perms=None, corr_method=None, copy=True, show_progress_bar=False
-    )
-    found = table["I"].reindex(names).to_numpy(dtype=np.float64)
-    result[varies] = np.where(np.isfinite(found), found, -np.inf)
+    for start in range(0, len(varies), _GENES_AT_ONCE):  # a dense matrix of all genes may not fit in memory
+        columns = varies[start : start + _GENES_AT_ONCE]
+        names = pd.Index(columns.astype(str))
+        section = AnnData(
+            values[:, columns].toarray(), var=pd.DataFrame(index=names), obsp={Keys.CONNECTIVITIES: graph}
+        )
+        table = sq.gr.spatial_autocorr(
+            section,
+            connectivity_key=Keys.CONNECTIVITIES,
+            mode="moran",
+            genes=list(names),
+            n_perms=None,
+            corr_method=None,
+            copy=True,
+            show_progress_bar=False,
+        )
+        found = table["I"].reindex(names).to_numpy(dtype=np.float64)
+        result[columns] = np.where(np.isfinite(found), found, -np.inf)
     return result
 
 

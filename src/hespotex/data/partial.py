@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from zipfile import BadZipFile
 
 import numpy as np
 
 from .._logging import logger
 from .._settings import settings
+from ..errors import HespotexWarning
 
 __all__ = ["PartialRows"]
 
@@ -67,20 +70,20 @@ class PartialRows:
             np.savez(part, rows=np.flatnonzero(self.done), values=self._values[self.done])
             part.replace(self._path)
         except OSError as error:  # losing the partial result must not hide the reason of the interruption
-            logger.warning("what was done could not be kept: %s", error)
+            said = f"what was done could not be kept: {error}"
         else:
-            logger.warning(
-                "interrupted after %d of %d rows; the same call goes on there", self.done.sum(), len(self.done)
-            )
+            said = f"interrupted after {int(self.done.sum())} of {len(self.done)} rows; the same call goes on there"
+        warnings.warn(said, HespotexWarning, stacklevel=5)  # of the call of hx.pp.embed
 
     def _load(self) -> None:
         try:
-            with np.load(self._path, allow_pickle=False) as stored:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 rows, values = stored["rows"], stored["values"]
             self.write(rows, values)
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, IndexError) as error:  # a damaged file of a cache is as good as none
+        except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
+            # A damaged file of a cache is as good as none.
             logger.info("ignoring a damaged partial result: %s", error)
             self.done[:] = False
         else:

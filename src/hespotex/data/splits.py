@@ -1,4 +1,4 @@
-"""Which sections (or observations) train and which test. No patient is ever on both sides.
+"""Which sections train and which test. No patient is ever on both sides.
 
 Plain arrays in, indices out; nothing here knows expression values, so nothing can leak through it.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import DataValueError, HespotexWarning, LeakageError
 
-__all__ = ["Fold", "check_folds", "group_folds", "spatial_blocks", "spatial_folds"]
+__all__ = ["Fold", "check_folds", "group_folds", "spatial_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Fold:
     name
         Name of the fold: the group left out, or its number.
     train, test
-        Indices of sections (:func:`group_folds`) or observations (:func:`spatial_folds`).
+        Indices of sections.
     """
 
     name: str
@@ -183,54 +183,3 @@ def _side(offset: np.ndarray, n_blocks: int) -> float:
     sides = largest * 1.000001 / np.arange(1, 4 * int(np.ceil(np.sqrt(n_blocks))) + 2)
     occupied = [len(np.unique(np.floor(offset / side).astype(np.int64), axis=0)) for side in sides]
     return float(sides[int(np.argmin(np.abs(np.array(occupied) - n_blocks)))])
-
-
-def spatial_folds(
-    coordinates: np.ndarray,
-    n_splits: int = 5,
-    *,
-    side_um: float | None = None,
-    buffer_um: float = 0.0,
-    seed: int = 0,
-) -> list[Fold]:
-    """Folds of spatial blocks within one section, for choices *inside* training, such as when to stop.
-
-    Neighbouring observations share tissue, so a score from such folds is not one on an unseen patient.
-
-    Parameters
-    ----------
-    coordinates
-        Centres in µm, (n, 2).
-    n_splits
-        Number of folds.
-    side_um
-        Side of the blocks; see :func:`spatial_blocks`.
-    buffer_um
-        Training observations nearer than this to a test observation are left out of the fold.
-    seed
-        Seed of the dealing of blocks.
-
-    Returns
-    -------
-    Folds of observation indices; every observation is tested once.
-
-    Raises
-    ------
-    DataValueError
-        If there are fewer blocks than folds, or the buffer leaves nothing to train on.
-    """
-    from scipy.spatial import cKDTree
-
-    points = np.asarray(coordinates, dtype=np.float64)
-    block = spatial_blocks(points, side_um=side_um, n_blocks=4 * n_splits)
-    if buffer_um < 0:
-        raise DataValueError(f"buffer_um={buffer_um} must not be negative")
-    inner = group_folds(block.astype(str).tolist(), n_splits, seed=seed)
-    folds = []
-    for fold in inner:
-        train = fold.train
-        if buffer_um > 0:
-            distance = cKDTree(points[fold.test]).query(points[train])[0]
-            train = train[distance >= buffer_um]
-        folds.append(Fold(fold.name, train, fold.test))
-    return folds

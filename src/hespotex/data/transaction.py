@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .._keys import Keys
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -19,8 +21,10 @@ _MAPPINGS = ("obsm", "varm", "obsp", "varp", "layers")
 def _remember(adata: AnnData) -> dict[str, Any]:
     state: dict[str, Any] = {name: dict(getattr(adata, name)) for name in _MAPPINGS}
     state["obs"], state["var"] = adata.obs.copy(), adata.var.copy()
-    state["uns"] = copy.deepcopy(dict(adata.uns.get("hespotex", {}))) if "hespotex" in adata.uns else None
-    state["uns_keys"] = dict(adata.uns)
+    state["X"] = adata.X
+    state["uns"] = dict(adata.uns)
+    if Keys.NAMESPACE in adata.uns:  # functions of the package write into it, not over it
+        state["uns"][Keys.NAMESPACE] = copy.deepcopy(adata.uns[Keys.NAMESPACE])
     return state
 
 
@@ -30,20 +34,17 @@ def _restore(adata: AnnData, state: dict[str, Any]) -> None:
         for key in [key for key in mapping if key not in state[name]]:
             del mapping[key]
         for key, value in state[name].items():
-            if key is not None and mapping[key] is not value:
+            if key is not None and mapping.get(key) is not value:  # None: where newer versions of anndata keep X
                 mapping[key] = value
+    if adata.X is not state["X"]:
+        adata.X = state["X"]
     adata.obs, adata.var = state["obs"], state["var"]
-    for key in [key for key in adata.uns if key not in state["uns_keys"]]:
-        del adata.uns[key]
-    for key, value in state["uns_keys"].items():
-        adata.uns[key] = value
-    if state["uns"] is not None:
-        adata.uns["hespotex"] = state["uns"]
+    adata.uns = state["uns"]
 
 
 @contextmanager
 def restored_on_error(data: SpatialData | AnnData) -> Iterator[None]:
-    """Run a block; if it raises (Ctrl-C included), take back every element, column and key it added to `data`.
+    """Run a block; if it raises (Ctrl-C included), take back every element, column and key it wrote or deleted.
 
     Arrays are remembered by reference, so this costs no copy of the user's data; it undoes what a block
     *stores*, not what it would change inside an array, which no function of the package does.

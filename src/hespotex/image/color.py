@@ -15,8 +15,6 @@ import numpy as np
 
 __all__ = [
     "HE_VECTORS",
-    "deconvolve",
-    "estimate_stains",
     "haematoxylin",
     "is_void",
     "optical_density",
@@ -94,32 +92,6 @@ def stain_tables(vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float 
     return np.ascontiguousarray(np.linalg.inv(matrix).T[:, :, None] * density[None], dtype=np.float32)
 
 
-def deconvolve(rgb: np.ndarray, vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float = _WHITE) -> np.ndarray:
-    """Amounts of haematoxylin, eosin and residual in each pixel.
-
-    Parameters
-    ----------
-    rgb
-        Image, (h, w, 3) uint8.
-    vectors
-        Absorbance of the two dyes, (2, 3).
-    white
-        Value of unstained glass, one number or one per channel.
-
-    Returns
-    -------
-    (3, h, w) float32, in units of optical density; small negative amounts are noise and are kept.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> glass = np.full((1, 1, 3), 255, np.uint8)
-    >>> deconvolve(glass).ravel().tolist()
-    [0.0, 0.0, 0.0]
-    """
-    return np.stack([_apply(rgb, table) for table in stain_tables(vectors, white=white)])
-
-
 def haematoxylin(
     rgb: np.ndarray, vectors: np.ndarray = HE_VECTORS, *, white: np.ndarray | float = _WHITE
 ) -> np.ndarray:
@@ -130,7 +102,7 @@ def haematoxylin(
     rgb
         Image, (h, w, 3) uint8.
     vectors, white
-        As in :func:`deconvolve`, whose first plane this is.
+        As in :func:`stain_tables`, whose first dye this is.
 
     Returns
     -------
@@ -159,53 +131,3 @@ def is_void(rgb: np.ndarray) -> np.ndarray:
     (...) bool.
     """
     return np.maximum(np.maximum(rgb[..., 0], rgb[..., 1]), rgb[..., 2]) < _VOID_BELOW
-
-
-def estimate_stains(
-    rgb: np.ndarray,
-    *,
-    white: np.ndarray | float = _WHITE,
-    min_density: float = 0.15,
-    percentile: float = 1.0,
-    max_pixels: int = 200_000,
-) -> np.ndarray:
-    """Stain vectors of an image by the method of Macenko et al. (2009), or the usual ones where it cannot tell.
-
-    The densities of stained pixels span a plane; in it the two dyes are the extreme directions.
-
-    Parameters
-    ----------
-    rgb
-        Image or list of pixels, (..., 3) uint8.
-    white
-        Value of unstained glass, one number or one per channel.
-    min_density
-        Pixels are stained if each channel is denser than this.
-    percentile
-        Directions beyond this percentile on either side count as noise.
-    max_pixels
-        At most so many evenly spaced pixels are looked at; there is no randomness.
-
-    Returns
-    -------
-    (2, 3) unit vectors, haematoxylin first; :data:`HE_VECTORS` if fewer than 100 pixels are stained, or if the
-    directions found are less than 8 degrees apart (one dye) or not positive.
-    """
-    pixels = rgb.reshape(-1, 3)
-    pixels = pixels[:: max(1, -(-len(pixels) // max_pixels))]
-    density = optical_density(pixels, white=white).astype(float)
-    density = density[(density > min_density).all(axis=1)]
-    if len(density) < 100:
-        return HE_VECTORS.copy()
-    _, axes = np.linalg.eigh(np.cov(density.T))
-    plane = axes[:, [2, 1]]
-    plane = plane * np.where(plane.sum(axis=0) < 0, -1.0, 1.0)
-    angles = np.arctan2(density @ plane[:, 1], density @ plane[:, 0])
-    low, high = np.percentile(angles, [percentile, 100 - percentile])
-    found = np.stack([plane @ (np.cos(angle), np.sin(angle)) for angle in (low, high)])
-    if high - low < np.deg2rad(8) or (found < -0.05).any():
-        return HE_VECTORS.copy()
-    found = np.maximum(found, 0)
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    # Haematoxylin is the dye that absorbs more red for its green.
-    return found[np.argsort(-found[:, 0] / np.maximum(found[:, 1], 1e-6))]

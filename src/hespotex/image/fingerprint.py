@@ -1,4 +1,4 @@
-"""Whether an image is the one seen before, from a sample of its pixels."""
+"""Whether an image is the one seen before, from an overview and samples of its pixels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 __all__ = ["fingerprint"]
 
+OVERVIEW_PX = 1_000_000
 SAMPLES = 48  # a chunk is decoded for each: a fraction of a second
 WINDOW_PX = 32
 
 
 def fingerprint(slide: Slide, centres: np.ndarray) -> str:
-    """SHA-256 of the image's size and of its pixels at some of `centres`, level-0 (x, y), (n, 2).
+    """SHA-256 of the image's size, of an overview, and of its finest pixels at some of `centres`, level-0 (x, y), (n, 2).
 
-    Another image, stain normalisation or a change of contrast changes it. A retouched corner that none of the samples
-    meets does not: reading all pixels would cost as much as what this saves.
+    The overview is the coarsest level, of which every k-th row and column is taken where it has more than a million
+    pixels. So another image, stain normalisation, a change of contrast and a region painted over all change the
+    fingerprint; a few finest pixels retouched between the samples do not. A pyramid is seen in a fraction of a second;
+    an image of a single level has to be decoded once.
     """
     state = hashlib.sha256(repr((slide.shape, [level.array.shape for level in slide.levels])).encode())
+    coarsest = slide.levels[-1].array
+    step = int(np.ceil(np.sqrt(coarsest.shape[1] * coarsest.shape[2] / OVERVIEW_PX)))
+    # Chunk after chunk, each reduced when it is read: as little in memory as an encoder needs.
+    state.update(coarsest[:, ::step, ::step].compute(scheduler="synchronous").tobytes())
     if len(centres):
         chosen = centres[np.unique(np.linspace(0, len(centres) - 1, SAMPLES).round().astype(int))]
         corner = np.floor(chosen[:, ::-1]).astype(np.int64) - WINDOW_PX // 2

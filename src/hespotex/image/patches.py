@@ -5,11 +5,19 @@ OpenCV is no dependency: its bicubic and area interpolation on 8-bit images are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..errors import GeometryError
+from ._chunks import ChunkReader
+from ._prefetch import prefetch
 
-__all__ = ["patch_half_side", "patch_windows", "resize", "spot_patches"]
+if TYPE_CHECKING:
+    from ..data.geometry import Slide
+
+__all__ = ["iter_patches", "patch_half_side", "patch_windows", "resize", "spot_patches"]
 
 SIDE = 224
 _CUBIC = -0.75  # OpenCV's coefficient; the common Catmull–Rom spline has −0.5
@@ -89,6 +97,33 @@ def spot_patches(image: np.ndarray, centres: np.ndarray, diameter_px: float, *, 
     for patch, (top, bottom, left, right) in zip(patches, windows, strict=True):
         patch[:] = resize(image[top:bottom, left:right], side).transpose(2, 0, 1)
     return patches
+
+
+def iter_patches(
+    slide: Slide, centres: np.ndarray, *, diameter_um: float, side: int, batch_size: int, progress_bar: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (row indices (b,), patches (b, side, side, 3) uint8) of a slide's finest level, in storage order.
+
+    `centres` are (x, y) in its pixels, (n, 2).
+    """
+    from tqdm.auto import tqdm
+
+    # Rounded, because a diameter of 145.0000001 px, off by the arithmetic alone, must not become 146.
+    windows = patch_windows(np.round(centres, 6), round(diameter_um / slide.mpp, 6), slide.shape)
+    image = slide.levels[0].array
+    chunk = np.searchsorted(np.cumsum(image.chunks[1]), centres[:, 1], side="right")
+    order = np.lexsort((centres[:, 0], chunk))
+    reader = ChunkReader(image, windows[order][:, [0, 2, 1, 3]])
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            yield rows, np.stack([resize(reader.read(start + i), side) for i in range(len(rows))])
+
+    with tqdm(total=len(centres), unit="tile", desc="tiles", disable=not progress_bar or len(centres) < 2) as bar:
+        for rows, patches in prefetch(batches()):
+            yield rows, patches
+            bar.update(len(rows))
 
 
 def resize(image: np.ndarray, side: int = SIDE) -> np.ndarray:

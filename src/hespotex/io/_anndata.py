@@ -23,6 +23,7 @@ from ..errors import (
 from ._assemble import build_section
 from ._image import Picture, check_positive, open_picture
 from ._names import Duplicates, check_duplicates, shorten, unique_anndata
+from ._parsing import finite_columns
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -82,6 +83,7 @@ def from_anndata(
     -------
     SpatialData
         As of :func:`hespotex.io.read_st`; ``obs``, ``var``, ``layers``, ``obsm`` and ``uns`` of `adata` come along.
+        With a preview, ``obsm["spatial"]`` and the scalefactors in ``uns["spatial"]`` are those of the preview.
 
     Warns
     -----
@@ -100,7 +102,7 @@ def from_anndata(
     GeometryError
         If spots lie outside the image.
     DataValueError
-        If names repeat or no spot is left.
+        If names repeat, SpatialData does not take a name, ``in_tissue`` holds no number, or no spot is left.
 
     Examples
     --------
@@ -115,6 +117,7 @@ def from_anndata(
     return section_from_anndata(
         adata,
         open_picture(image),
+        library=library,
         scales=scales,
         mpp=mpp,
         spot_diameter_um=spot_diameter_um,
@@ -129,6 +132,7 @@ def section_from_anndata(
     adata: AnnData,
     picture: Picture,
     *,
+    library: str | None,
     scales: Mapping[str, float],
     mpp: float | None,
     spot_diameter_um: float | None,
@@ -137,14 +141,15 @@ def section_from_anndata(
     in_tissue_only: bool,
     duplicates: Duplicates,
 ) -> SpatialData:
-    """Common part of the readers of AnnData; `scales` are the scalefactors of its library."""
+    """Common part of the readers of AnnData; `scales` are the scalefactors of its `library`."""
     check_duplicates(duplicates)
     if Keys.SPATIAL not in adata.obsm:
         raise MissingKeyError(
             f"adata.obsm has no 'spatial' (x, y in pixels of the image); it has {list(adata.obsm) or 'nothing'}"
         )
     if in_tissue_only and Keys.IN_TISSUE in adata.obs:
-        adata = adata[adata.obs[Keys.IN_TISSUE].astype(int) == 1]
+        in_tissue = finite_columns(adata.obs[[Keys.IN_TISSUE]], [Keys.IN_TISSUE], "adata.obs")[Keys.IN_TISSUE]
+        adata = adata[(in_tissue == 1).to_numpy()]
     if adata.n_obs == 0:
         raise DataValueError("adata has no spot (in tissue)")
     adata = unique_anndata(adata, duplicates, "adata").copy()
@@ -157,6 +162,8 @@ def section_from_anndata(
 
     shrink = _preview(xy, picture, scales)
     xy = xy * shrink
+    if shrink != 1:
+        _scale_factors(adata.uns[Keys.SPATIAL][library]["scalefactors"], shrink)
     diameter_px = scales.get("spot_diameter_fullres", np.nan) * shrink
     mpp = _mpp(mpp, pitch_um, picture, xy, diameter_px)
     if mpp > _COARSE_MPP:
@@ -203,16 +210,25 @@ def _library(adata: AnnData, library_id: str | None) -> tuple[str | None, dict[s
     return library, {key: float(value) for key, value in factors.items() if np.ndim(value) == 0}
 
 
+def _scale_factors(factors: dict[str, Any], shrink: float) -> None:
+    """Let scalefactors refer to the preview as they did to the full-resolution image, of which one pixel is `shrink`."""
+    for key, value in factors.items():
+        if key.endswith("_fullres"):  # lengths in pixels
+            factors[key] = float(value) * shrink
+        elif key.endswith("_scalef"):  # pixels of a smaller image per pixel
+            factors[key] = float(value) / shrink
+
+
 def _preview(xy: np.ndarray, picture: Picture, scales: Mapping[str, float]) -> float:
     """Pixels of the picture per pixel of the spots' frame: 1, or the scale of a preview that fits."""
     width, height = picture.size
     reach = xy.max(axis=0)
-    if reach[0] <= width and reach[1] <= height:
+    if not (reach >= [width, height]).any():
         return 1.0
     for kind, key in _SCALES.items():
         factor = scales.get(key, np.nan)
         # a preview is the whole slide: its longer side has 2,000 or 600 px
-        if (reach * factor <= [width, height]).all() and max(width, height) in (600, 2000):
+        if (reach * factor < [width, height]).all() and max(width, height) in (600, 2000):
             warnings.warn(
                 f"{picture.origin} is the {kind} preview: the spots reach ({reach[0]:.0f}, {reach[1]:.0f}) px, the "
                 f"image {width} x {height}. They are scaled by {key}; pass the full-resolution image instead",

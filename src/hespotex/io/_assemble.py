@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._keys import Keys
-from ..errors import GeometryError
+from ..data.geometry import level_factor, on_image
+from ..errors import DataValueError, GeometryError
 
 if TYPE_CHECKING:
     import dask.array as da
     from anndata import AnnData
     from geopandas import GeoDataFrame
+    from pandas import DataFrame
     from spatialdata import SpatialData
     from xarray import DataArray, DataTree
 
@@ -36,21 +38,24 @@ def image_element(levels: Sequence[da.Array], mpp: float) -> DataArray | DataTre
     parsed = [Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=["r", "g", "b"]) for level in levels]
     element: DataArray | DataTree = parsed[0]
     if len(parsed) > 1:
-        height, width = levels[0].shape[-2:]
-        element = DataTree.from_dict(
-            {f"scale{number}": _stretched(level, height, width) for number, level in enumerate(parsed)}
-        )
+        full = levels[0].shape[-2:]
+        element = DataTree.from_dict({f"scale{number}": _placed(level, full) for number, level in enumerate(parsed)})
     set_transformation(element, transformations(mpp), set_all=True)
     Image2DModel().validate(element)
     return element
 
 
-def _stretched(level: DataArray, height: int, width: int) -> Any:
-    """Dataset of a level whose coordinates are those of the finest one."""
+def _placed(level: DataArray, full: Sequence[int]) -> Any:
+    """Dataset of a level with the centres of its pixels in pixels of the finest level, of size `full`.
+
+    spatialdata takes the ratio of sizes for the size of a pixel, which is off where an odd size was halved.
+    """
     level.attrs.clear()
+    size = level.shape[-2:]
+    factor = level_factor(full, size)
     coords = {
-        axis: (np.arange(level.sizes[axis]) + 0.5) * (full / level.sizes[axis])
-        for axis, full in (("y", height), ("x", width))
+        axis: (np.arange(small) + 0.5) * (factor or large / small)
+        for axis, small, large in zip(("y", "x"), size, full, strict=True)
     }
     return level.assign_coords(coords).to_dataset(name="image")
 
@@ -92,7 +97,8 @@ def build_section(
     levels
         Image, finest level first.
     adata
-        Table, one row per spot; its ``obs_names`` become the spots' ids. Taken over, not copied.
+        Table, one row per spot; its ``obs_names`` become the spots' ids. Taken over, not copied. Where its ``obs``
+        has a column ``region`` or ``spot_id`` of other content, that is kept and ours get another name.
     xy
         Centres of the spots in level-0 pixels, (n, 2).
     mpp
@@ -108,6 +114,8 @@ def build_section(
     ------
     GeometryError
         If a centre lies outside the image.
+    DataValueError
+        If the table has names that SpatialData does not take.
     """
     import pandas as pd
     from spatialdata import SpatialData
@@ -115,11 +123,18 @@ def build_section(
 
     check_inside(xy, adata.obs_names, levels[0].shape[-1], levels[0].shape[-2], advice)
     ids = adata.obs_names.astype(str)
-    adata.obs[Keys.REGION] = pd.Categorical([Keys.SPOTS] * adata.n_obs)
-    adata.obs[Keys.INSTANCE] = ids.to_numpy(dtype=object)
+    region_key = _free_column(adata.obs, Keys.REGION, [Keys.SPOTS] * adata.n_obs)
+    adata.obs[region_key] = pd.Categorical([Keys.SPOTS] * adata.n_obs)
+    instance_key = _free_column(adata.obs, Keys.INSTANCE, ids)
+    adata.obs[instance_key] = ids.to_numpy(dtype=object)
     adata.obsm[Keys.SPATIAL] = np.asarray(xy, dtype=np.float64)
     adata.uns.pop("spatialdata_attrs", None)  # of the object that the table was taken from
-    table = TableModel.parse(adata, region=Keys.SPOTS, region_key=Keys.REGION, instance_key=Keys.INSTANCE)
+    try:
+        table = TableModel.parse(adata, region=Keys.SPOTS, region_key=region_key, instance_key=instance_key)
+    except ValueError as error:
+        raise DataValueError(
+            f"adata: SpatialData does not take this table; rename or remove the keys it names: {error}"
+        ) from error
     return SpatialData(
         images={Keys.IMAGE: image_element(levels, mpp)},
         shapes={Keys.SPOTS: circles(xy, radius_px, ids, mpp)},
@@ -128,9 +143,17 @@ def build_section(
     )
 
 
+def _free_column(obs: DataFrame, name: str, values: Sequence[str]) -> str:
+    """`name`, or a longer one where `obs` has a column of that name (in any case) that holds something else."""
+    taken = {str(column).lower() for column in obs}  # SpatialData tells no two names apart by case alone
+    while name in taken and not (name in obs and list(obs[name].astype(str)) == list(values)):
+        name = f"{Keys.NAMESPACE}_{name}"
+    return name
+
+
 def check_inside(xy: np.ndarray, names: Sequence[str], width: int, height: int, advice: str) -> None:
     """Raise if a centre is not finite or lies outside the image."""
-    inside = np.isfinite(xy).all(axis=1) & (xy >= 0).all(axis=1) & (xy[:, 0] <= width) & (xy[:, 1] <= height)
+    inside = on_image(xy, (height, width))
     if inside.all():
         return
     outside = np.flatnonzero(~inside)

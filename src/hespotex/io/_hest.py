@@ -14,6 +14,7 @@ from ._anndata import _library, section_from_anndata
 from ._assemble import transformations
 from ._image import open_picture
 from ._names import Duplicates
+from ._parsing import parsing
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -66,7 +67,7 @@ def read_hest(
     Raises
     ------
     DataValueError
-        If a file is not there, or the label image does not hold integers.
+        If a file is not there or damaged, or the label image does not hold integers.
     AmbiguousKeyError
         If the folder holds several samples and none is named.
     GeometryError
@@ -90,11 +91,13 @@ def read_hest(
 
     picture = open_picture(image)
     nuclei = None if labels is None else _open_labels(labels, picture.size)
-    adata = ad.read_h5ad(table)
-    _, scales = _library(adata, library_id)
+    with parsing("path", table, "an AnnData"):
+        adata = ad.read_h5ad(table)
+    library, scales = _library(adata, library_id)
     sdata = section_from_anndata(
         adata,
         picture,
+        library=library,
         scales=scales,
         mpp=metadata.get("mpp") if mpp is None and pitch_um is None else mpp,
         spot_diameter_um=spot_diameter_um,
@@ -143,10 +146,10 @@ def _metadata(path: Path | None) -> dict[str, Any]:
     """Resolution and patient that HEST's metadata states."""
     if path is None:
         return {}
-    try:
+    with parsing("metadata", path, "JSON"):
         content = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataValueError(f"{str(path)!r} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataValueError(f"metadata: {path.name!r} holds {type(content).__name__}, not names and values")
     found: dict[str, Any] = {}
     for key in _MPP_KEYS:
         value = content.get(key)

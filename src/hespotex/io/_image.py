@@ -34,15 +34,26 @@ class Picture:
     ----------
     levels
         Lazy (3, h, w) uint8, finest first.
-    mpp
-        µm per pixel that the file states, if it does and the number can be one of a microscope.
+    stated
+        µm per pixel in x and y that the file states, if it does and the numbers can be those of a microscope.
     origin
         What it was opened from, for messages.
     """
 
     levels: list[da.Array]
-    mpp: float | None
+    stated: tuple[float, float] | None
     origin: str
+
+    @property
+    def mpp(self) -> float | None:
+        """One µm per pixel, as the file states it.
+
+        Raises
+        ------
+        ScaleError
+            If those of x and y differ by more than 3 %: judged here, since who gives a scale of his own needs neither.
+        """
+        return None if self.stated is None else isotropic(*self.stated, f"image: {self.origin!r}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -108,9 +119,11 @@ def resolve_mpp(mpp: float | None, picture: Picture, *, advice: str = "pass mpp=
             raise ScaleError(f"mpp: {picture.origin} does not state its µm per pixel; {advice}")
         return picture.mpp
     mpp = check_positive("mpp", mpp)
-    if picture.mpp is not None and abs(picture.mpp / mpp - 1) > _TOLERANCE:
+    if picture.stated is not None and max(abs(stated / mpp - 1) for stated in picture.stated) > _TOLERANCE:
+        x, y = picture.stated
+        stated = f"{x:.4g}" if x == y else f"{x:.4g} (x) and {y:.4g} (y)"
         warnings.warn(
-            f"mpp={mpp:.4g} was given, but {picture.origin} states {picture.mpp:.4g} µm/px; the given one is used",
+            f"mpp={mpp:.4g} was given, but {picture.origin} states {stated} µm/px; the given one is used",
             HespotexWarning,
             stacklevel=3,
         )
@@ -125,7 +138,10 @@ def check_positive(name: str, value: float) -> float:
     ScaleError
         If it is none.
     """
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
     if not (np.isfinite(number) and number > 0):
         raise ScaleError(f"{name}={value!r} is not a positive number")
     return number
@@ -221,7 +237,7 @@ def _open_tiff(path: Path) -> Picture:
             raise ImageFormatError(f"image: {path.name!r} holds no image")
         series = tiff.series[0]
         axes = _check_tiff(series, path.name)
-        mpp = _sane(stated_mpp(tiff), path.name)
+        mpp = _sane(stated_mpp(tiff))
         page = series.keyframe
         # a truncated file still opens; the missing tiles would be met much later
         ends = [offset + length for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True)]
@@ -279,7 +295,7 @@ def _decode_tiff(series: TiffPageSeries, axes: str, name: str, scratch: Path) ->
     return _rgb(pixels if axes == "YXS" else np.moveaxis(pixels, 0, -1), f"image: {name!r}")
 
 
-def _sane(mpp: tuple[float, float] | None, name: str) -> float | None:
+def _sane(mpp: tuple[float, float] | None) -> tuple[float, float] | None:
     if mpp is None or not all(_SANE_MPP[0] <= value <= _SANE_MPP[1] for value in mpp):
         return None
-    return isotropic(*mpp, f"image: {name!r}")
+    return mpp

@@ -61,7 +61,8 @@ def unique_genes(
     if duplicates == "first":
         kept = np.flatnonzero(~genes.duplicated())
         return counts[:, kept], genes[kept]
-    codes, unique = genes.factorize()
+    unique = genes.unique()
+    codes = unique.get_indexer(genes)
     ones = np.ones(len(codes), dtype=counts.dtype)
     merge = sparse.csr_matrix((ones, (np.arange(len(codes)), codes)), shape=(len(codes), len(unique)))
     return sparse.csr_matrix(counts @ merge), unique

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import numpy as np
 
 from .._logging import logger
 from .._settings import settings
+from ..errors import DataValueError
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -28,6 +30,7 @@ __all__ = ["CHUNK", "cached_pyramid", "cached_reductions", "halve", "memory_pyra
 CHUNK = 1024
 _SMALLEST = 1024  # a level that fits into one chunk ends the pyramid
 _STALE_SECONDS = 86_400
+_LAYOUT = 2  # of the cached levels: raised when they change, so that older ones are not taken for them
 
 
 class Source(Protocol):
@@ -39,6 +42,58 @@ class Source(Protocol):
     def __getitem__(self, key: Any) -> Any: ...
 
 
+class CachedLevel:
+    """One level in the cache as (3, h, w) uint8, read by slices; opened at the first read and after unpickling.
+
+    zarr reads a chunk that is not there as black. Here all chunks are written, so one that is missing was deleted.
+    """
+
+    ndim = 3
+    dtype = np.dtype("uint8")
+
+    def __init__(self, store: Path, shape: tuple[int, ...]) -> None:
+        self.store = store
+        self.shape = shape
+        self._array: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "shape": self.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _array=None, _lock=threading.Lock())
+
+    def __dask_tokenize__(self) -> Any:
+        return "hespotex-cache", str(self.store)
+
+    def __getitem__(self, key: tuple[Any, Any, Any]) -> np.ndarray:
+        pixels = self._open()[key]
+        rows, columns = (
+            np.unique(np.arange(size)[part] // CHUNK) for size, part in zip(self.shape[1:], key[1:], strict=True)
+        )
+        if not all((self.store / "c" / "0" / str(row) / str(column)).is_file() for row in rows for column in columns):
+            raise self._gone()
+        return np.asarray(pixels)
+
+    def _open(self) -> Any:
+        import zarr
+
+        with self._lock:
+            if self._array is None:
+                try:
+                    self._array = zarr.open_array(self.store, mode="r")
+                except (OSError, ValueError, KeyError) as error:
+                    raise self._gone() from error
+        return self._array
+
+    def _gone(self) -> DataValueError:
+        return DataValueError(
+            f"the cached pixels of an image are gone from {str(self.store.parent)!r}: settings.cache_dir was cleared "
+            "while the image was in use. Read the image again (after deleting this folder, if something is left of "
+            "it); images written to disk with sdata.write() do not need the cache"
+        )
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as file:
@@ -46,7 +101,7 @@ def sha256(path: Path) -> str:
 
 
 def halve(pixels: np.ndarray) -> np.ndarray:
-    """Exact mean of each 2x2 box, rounded half up; an odd last row or column is dropped.
+    """Exact mean of each 2x2 box, rounded half up; an odd last row or column counts twice.
 
     Parameters
     ----------
@@ -54,7 +109,9 @@ def halve(pixels: np.ndarray) -> np.ndarray:
         (c, h, w) uint8.
     """
     channels, height, width = pixels.shape
-    boxes = pixels[:, : height // 2 * 2, : width // 2 * 2].reshape(channels, height // 2, 2, width // 2, 2)
+    if height % 2 or width % 2:
+        pixels = np.pad(pixels, [(0, 0), (0, height % 2), (0, width % 2)], mode="edge")
+    boxes = pixels.reshape(channels, -(-height // 2), 2, -(-width // 2), 2)
     total = boxes[:, :, 0, :, 0].astype(np.uint16)
     total += boxes[:, :, 1, :, 0]
     total += boxes[:, :, 0, :, 1]
@@ -65,7 +122,7 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 def _sizes(height: int, width: int) -> list[tuple[int, int]]:
     sizes = [(height, width)]
     while max(sizes[-1]) > _SMALLEST and min(sizes[-1]) >= 2:
-        sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     return sizes
 
 
@@ -114,6 +171,7 @@ def cached_reductions(path: Path, source: Source) -> list[da.Array]:
 def _cached(name: str, write: Callable[[Path], None]) -> Path:
     """Folder of that name in the cache, made by `write` if it is not there."""
     root = settings.cache_dir / "images"
+    name = f"{name}-{_LAYOUT}"
     folder = root / name
     if folder.is_dir():
         return folder
@@ -143,7 +201,13 @@ def _remove_stale(root: Path, name: str) -> None:
 def _create(store: Path, height: int, width: int) -> Any:
     import zarr
 
-    return zarr.create_array(store=store, shape=(3, height, width), chunks=(3, CHUNK, CHUNK), dtype="uint8")
+    return zarr.create_array(
+        store=store,
+        shape=(3, height, width),
+        chunks=(3, CHUNK, CHUNK),
+        dtype="uint8",
+        config={"write_empty_chunks": True},  # a chunk that is not there is then a deleted one
+    )
 
 
 def _blocks(length: int, step: int) -> Iterator[slice]:
@@ -163,6 +227,8 @@ def _reduce(source: Source, folder: Path) -> None:
 
 def _levels(folder: Path) -> list[da.Array]:
     import dask.array as da
+    import zarr
 
     paths = sorted(folder.glob("level*"), key=lambda path: int(path.name.removeprefix("level")))
-    return [da.from_zarr(path) for path in paths]
+    levels = [CachedLevel(path, zarr.open_array(path, mode="r").shape) for path in paths]
+    return [da.from_array(level, chunks=(3, CHUNK, CHUNK)) for level in levels]

@@ -21,7 +21,9 @@ def read_image(
     """Read an H&E image as a slide without expression.
 
     A tiled TIFF (also the TIFF flavours of slide scanners, such as Aperio's ``.svs``) is read lazily where it lies;
-    a JPEG, PNG or stripped TIFF is decoded once into the cache under ``settings.cache_dir``.
+    a JPEG, PNG or stripped TIFF is decoded once into the cache under ``settings.cache_dir``. The image returned reads
+    from there: if the cache is deleted in a running session, the next access raises an error, and the image has to be
+    read again. What ``sdata.write()`` has put on disk does not need the cache.
 
     Parameters
     ----------
@@ -45,7 +47,7 @@ def read_image(
     ImageFormatError
         If the image is not 8-bit RGB, is damaged, or of another format.
     ScaleError
-        If `mpp` is not given and the file does not state it.
+        If `mpp` is not given and the file does not state it, or not the same for x and y.
 
     Examples
     --------

@@ -15,6 +15,7 @@ from ..errors import CountsError, DataValueError, HespotexWarning, MissingKeyErr
 from ._assemble import build_section
 from ._image import check_positive, isotropic, open_picture
 from ._names import Duplicates, check_duplicates, shorten, unique_genes, unique_spots
+from ._parsing import finite_columns, parsing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,8 @@ def read_st(
         Table (tsv) with the columns ``x``, ``y`` (array position), ``pixel_x``, ``pixel_y`` (position in the
         image) and, where there, ``new_x``, ``new_y`` (measured array position) and ``selected`` (1 under tissue).
     image
-        The H&E: JPEG, PNG or TIFF. A format without random access is decoded once into the cache.
+        The H&E: JPEG, PNG or TIFF. A format without random access is decoded once into the cache; see
+        :func:`hespotex.io.read_image` on what happens when that is deleted.
     name
         Name of the section; the stem of `image` by default.
     patient
@@ -84,7 +86,7 @@ def read_st(
     GeometryError
         If spots lie outside the image.
     DataValueError
-        If names repeat or the two tables share no spot.
+        If a table is damaged or holds text for numbers, names repeat, or the two tables share no spot.
     ImageFormatError
         If the image is not 8-bit RGB.
     MissingKeyError
@@ -100,9 +102,10 @@ def read_st(
 
     check_duplicates(duplicates)
     diameter_um = check_positive("diameter_um", diameter_um)
-    pitch = np.broadcast_to(np.asarray(pitch_um, dtype=np.float64), (2,))
-    for value in pitch:
-        check_positive("pitch_um", value)
+    pitch = np.array([check_positive("pitch_um", value) for value in np.atleast_1d(pitch_um)])
+    if len(pitch) not in (1, 2):
+        raise ScaleError(f"pitch_um={pitch_um!r}: one number is needed, or one for x and one for y")
+    pitch = np.broadcast_to(pitch, 2)
     counts, spots = Path(counts), Path(spots)
     matrix, count_names, genes = _read_counts(counts)
     matrix, genes = unique_genes(matrix, genes, duplicates, f"counts: {counts.name!r}")
@@ -121,13 +124,15 @@ def read_st(
         "counts_only": [str(key) for key in count_names.difference(listed, sort=False)],
         "spots_only": [str(key) for key in table.index.difference(count_names, sort=False)],
     }
-    table = table.loc[shared]
+    positions = [column for column in ("pixel_x", "pixel_y", "new_x", "new_y") if column in table]
+    table = finite_columns(table.loc[shared], positions, f"spots: {spots.name!r}")
     matrix = matrix[count_names.get_indexer(shared)]
 
     picture = open_picture(image)
     width, height = picture.size
-    frame = np.asarray((width, height) if frame_size is None else frame_size, dtype=np.float64)
-    if frame.shape != (2,) or not (frame > 0).all():
+    sides = (width, height) if frame_size is None else np.atleast_1d(frame_size)
+    frame = np.array([check_positive("frame_size", side) for side in sides])
+    if len(frame) != 2:
         raise ScaleError(f"frame_size={frame_size!r}: (width, height) of the original image in pixels is needed")
     xy = table[["pixel_x", "pixel_y"]].to_numpy() * (np.array([width, height]) / frame)
     if mpp is None:
@@ -172,10 +177,11 @@ def _read_counts(path: Path) -> tuple[csr_matrix, pd.Index, pd.Index]:
 
     if not path.is_file():
         raise DataValueError(f"counts: there is no file {str(path)!r}")
-    # pandas renames repeated columns, so the header is read apart
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-    frame = pd.read_csv(path, sep="\t", header=None, skiprows=1, index_col=0, low_memory=False)
+    with parsing("counts", path, "a table of spots x genes"):
+        # pandas renames repeated columns, so the header is read apart
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            header = file.readline().rstrip("\r\n").split("\t")
+        frame = pd.read_csv(path, sep="\t", header=None, skiprows=1, index_col=0, low_memory=False)
     genes = pd.Index(header[len(header) - frame.shape[1] :])
     if len(genes) != frame.shape[1] or frame.empty:
         raise CountsError(f"counts: {path.name!r} is not a table of spots x genes")
@@ -202,13 +208,16 @@ def _read_spots(path: Path) -> pd.DataFrame:
 
     if not path.is_file():
         raise DataValueError(f"spots: there is no file {str(path)!r}")
-    table = pd.read_csv(path, sep="\t")
+    with parsing("spots", path, "a table of spots"):
+        table = pd.read_csv(path, sep="\t")
     missing = [column for column in ("x", "y", "pixel_x", "pixel_y") if column not in table]
     if missing:
         raise MissingKeyError(
             f"spots: {path.name!r} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
         )
-    table.index = _spot_names(table["x"].to_numpy(dtype=float), table["y"].to_numpy(dtype=float))
+    whole = [column for column in ("x", "y", "selected") if column in table]
+    table = finite_columns(table, whole, f"spots: {path.name!r}")
+    table.index = _spot_names(table["x"].to_numpy(), table["y"].to_numpy())
     unique_spots(table.index, f"spots: {path.name!r}")
     return table
 
@@ -224,9 +233,9 @@ def _mpp_from_lattice(table: pd.DataFrame, xy: np.ndarray, pitch: np.ndarray, na
             raise ScaleError(
                 f"spots: {name!r} has one array position along {letter}, so the scale cannot be derived; pass mpp="
             )
-        slope = (centred @ xy[:, axis]) / spread
+        slope = abs(centred @ xy[:, axis]) / spread  # an array may lie mirrored on the image
         if not slope > 0:
-            raise ScaleError(f"spots: {name!r}: pixel_{letter} does not grow with {column}; correct the file")
+            raise ScaleError(f"spots: {name!r}: pixel_{letter} does not change with {column}; pass mpp=")
         found.append(float(pitch[axis] / slope))
     return isotropic(found[0], found[1], f"spots: {name!r} with pitch_um={tuple(map(float, pitch))}")
 
