@@ -8,6 +8,7 @@ Finer cases of one function are tested beside it.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 from collections.abc import Callable
@@ -501,6 +502,48 @@ def test_is_refused_in_words_and_leaves_the_section_alone(
         assert stored(sdata) == before
 
 
+@pytest.mark.parametrize("key", ["X my key", "a/b", "__x", "", "_index", 3])
+def test_a_key_that_cannot_be_stored_is_refused_by_every_step(sdata: SpatialData, key: Any) -> None:
+    before = stored(sdata)
+    for call in (
+        lambda: hx.pp.embed(sdata, key_added=key),
+        lambda: hx.pp.detect_tissue(sdata, key_added=key),
+        lambda: hx.pp.make_tiles(sdata, key_added=key),
+        lambda: hx.pp.segment_nuclei(sdata, key_added=key),
+        lambda: hx.pp.spatial_graph(sdata, key_added=key),
+        lambda: hx.pp.select_genes(sdata, method="high_mean", key_added=key),
+        lambda: hx.pp.normalize_counts(sdata, key_added=key),
+    ):
+        with pytest.raises((DataValueError, DataTypeError), match=r"^key_added"):
+            call()
+    assert stored(sdata) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:abc", "cuda:", "cpu:0", "gpu", ""])
+def test_settings_refuse_a_device_that_cannot_be(device: str) -> None:
+    with pytest.raises(DataValueError, match=r"settings\.device"):
+        hx.settings.device = device
+
+
+def test_empty_variables_of_the_environment_are_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hespotex._settings import _FIELDS, Settings
+
+    for name in _FIELDS:
+        monkeypatch.setenv(f"HESPOTEX_{name.upper()}", "")
+    settings = Settings()
+    assert (settings.seed, settings.device, settings.default_model) == (0, "auto", None)
+    monkeypatch.setenv("HESPOTEX_SEED", "3")
+    assert Settings().seed == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only some systems limit a process to some CPUs")
+def test_threads_are_those_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hespotex._settings import Settings
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5})
+    assert Settings().n_jobs == 3
+
+
 # -- what is said, and goes on -----------------------------------------------------------------------------------------
 
 
@@ -527,12 +570,12 @@ def test_spots_without_counts_are_left_out_of_training_and_predicted(sdata: Spat
     counts = sdata["table"].X.toarray()
     counts[3] = 0
     sdata["table"].X = sparse.csr_matrix(counts)
-    with pytest.warns(HespotexWarning, match=r"1 of 33 observations have fewer than 1 counts"):
+    with pytest.warns(HespotexWarning, match=rf"1 of {len(counts)} observations have fewer than 1 counts"):
         model = hx.tl.train(sdata, "ridge", genes=genes_of(sdata))
-    assert model.recipe.training["sections"][0]["n_obs"] == 32
+    assert model.recipe.training["sections"][0]["n_obs"] == len(counts) - 1
     hx.tl.predict(sdata, model)
     assert np.isfinite(sdata["table"].obsm["ridge"]).all()
-    with pytest.warns(HespotexWarning, match="1 of 33 spots have no counts"):
+    with pytest.warns(HespotexWarning, match=f"1 of {len(counts)} spots have no counts"):
         hx.pp.normalize_counts(sdata)
 
 

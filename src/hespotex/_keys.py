@@ -1,13 +1,15 @@
 """Every name under which hespotex stores something.
 
 No other module spells a key out, so a rename is one edit. ``sanitize`` turns any text into a legal
-SpatialData key.
+SpatialData key, and ``check_key`` refuses one of the user's that is not.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Final
+
+from .errors import DataTypeError, DataValueError
 
 
 class Keys:
@@ -76,7 +78,24 @@ class Keys:
         return f"{key}_{what}"
 
 
+def check_key(key: str, argument: str = "key_added") -> None:
+    """Raise unless SpatialData can write something named `key`, which it would say no sooner than on writing.
+
+    Raises
+    ------
+    DataTypeError, DataValueError
+        Naming the rule and a key like it that is legal.
+    """
+    if not isinstance(key, str):
+        raise DataTypeError(f"{argument} must be a string, got {type(key).__name__}")
+    if not re.fullmatch(r"[\w.-]+", key) or key.startswith("__") or key in {".", "..", "_index"}:
+        raise DataValueError(
+            f"{argument}={key!r} cannot be stored: a key holds letters, digits and _ . - only and does not begin with "
+            f"__; take {sanitize(key)!r}, for instance"
+        )
+
+
 def sanitize(text: str) -> str:
     """Turn `text` into a legal SpatialData key: letters, digits, ``_ . -``, no leading ``__``."""
     key = re.sub(r"[^\w.-]+", "_", text, flags=re.UNICODE).strip("_")
-    return key or "unnamed"
+    return key if key.strip(".") else "unnamed"

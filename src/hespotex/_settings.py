@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def _flag(value: Any) -> bool:
 
 def _device(value: Any) -> str:
     device = str(value)
-    if device.split(":")[0] not in {"auto", "cpu", "cuda", "mps"}:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError("must be 'auto', 'cpu', 'cuda', 'cuda:<n>' or 'mps'")
     return device
 
@@ -64,10 +65,17 @@ def _default_cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "hespotex"
 
 
+def _n_cpus() -> int:
+    """CPUs this process may use, which a container or a scheduler limits; not those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 _FIELDS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
     "device": (_device, lambda: "auto"),
     "batch_size": (_positive, lambda: 64),
-    "n_jobs": (_positive, lambda: os.cpu_count() or 1),
+    "n_jobs": (_positive, _n_cpus),
     "progress_bar": (_flag, lambda: True),
     "cache_dir": (_path, _default_cache),
     "seed": (_not_negative, lambda: 0),
@@ -86,7 +94,7 @@ class Settings:
     batch_size
         Tiles per forward pass of an encoder.
     n_jobs
-        Threads of work that runs in threads.
+        Threads of work that runs in threads; by default the CPUs this process may use.
     progress_bar
         Whether long work shows progress.
     cache_dir
@@ -94,11 +102,12 @@ class Settings:
     seed
         Seed used where a call gives none.
     verbosity
-        ``"error"``, ``"warning"``, ``"info"`` or ``"debug"``.
+        Level of the logger ``"hespotex"``: ``"error"``, ``"warning"``, ``"info"`` or ``"debug"``. To see its messages,
+        give logging a handler: ``logging.basicConfig()``. What must not be missed is a Python warning instead.
     default_model
         Model folder that answers ``hx.tl.predict(sdata)`` where the object names none.
 
-    Each is first read from the environment variable ``HESPOTEX_<NAME>``.
+    Each is first read from the environment variable ``HESPOTEX_<NAME>``, unless that is empty.
 
     Examples
     --------
@@ -119,7 +128,7 @@ class Settings:
 
     def __init__(self) -> None:
         for name, (_, default) in _FIELDS.items():
-            setattr(self, name, os.environ.get(f"HESPOTEX_{name.upper()}", default()))
+            setattr(self, name, os.environ.get(f"HESPOTEX_{name.upper()}") or default())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _FIELDS:

@@ -9,7 +9,7 @@ import hespotex as hx
 from hespotex.data.geometry import Level, Slide, resolve_slide, shape_centres
 from hespotex.encoders import create, morphology
 from hespotex.encoders.morphology import Morphology
-from hespotex.errors import DataValueError, ScaleError
+from hespotex.errors import DataValueError, ModelMismatchError, ScaleError
 
 MPP = 1.0
 
@@ -155,6 +155,13 @@ def test_blank_glass_is_described_by_finite_numbers(value):
     np.testing.assert_allclose(features[0], features[1], atol=1e-3)
 
 
+def test_the_version_of_the_formulas_is_part_of_the_parameters():
+    params = Morphology(**SMALL).params()
+    assert Morphology(**{name: value for name, value in params.items() if name != "name"}).params() == params
+    with pytest.raises(ModelMismatchError, match="version=0"):
+        Morphology(version=0)
+
+
 def test_black_is_glass(tissue):
     encoder = Morphology(**SMALL)
     black, white = tissue.copy(), tissue.copy()
@@ -163,12 +170,13 @@ def test_black_is_glass(tissue):
 
 
 def test_first_moments_are_those_of_the_pixels(tissue):
-    from hespotex.image.color import deconvolve
+    from hespotex.image.color import stain_tables
 
     encoder = Morphology(tile_um=96, context_um=192, mpp=MPP)
     centre = np.array([[320.0, 328.0]])  # windows on whole cells
     found = dict(zip(encoder.feature_names, embed(encoder, as_slide(tissue), centre)[0], strict=True))
-    dyes = deconvolve(tissue)
+    tables = stain_tables()
+    dyes = sum(tables[:, channel][:, tissue[..., channel]] for channel in range(3))
     for name, half in (("tile", 48), ("context", 96)):
         window = dyes[:, 328 - half : 328 + half, 320 - half : 320 + half]
         np.testing.assert_allclose(found[f"{name}_h_mean"], window[0].mean(), rtol=1e-4)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
+import warnings
 
 import numpy as np
 import pytest
 
 import hespotex as hx
 from hespotex.encoders.open_clip import QuiltNet
-from hespotex.errors import CheckpointError, DataValueError, MissingWeightsError
+from hespotex.errors import CheckpointError, DataValueError, HespotexWarning, MissingWeightsError
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -63,6 +63,43 @@ def test_checklist_10_features_are_those_of_open_clip(weights, tiles, quick_gelu
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Random weights of the image tower of ViT-B-32, 0.35 GB."""
+    path = tmp_path_factory.mktemp("full_size") / "open_clip_model.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tower = open_clip.create_model("ViT-B-32-quickgelu").visual
+    safetensors.save_file({f"visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, path)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("open_clip:ViT-B-32-quickgelu", {}), ("quiltnet", {"quick_gelu": True, "raw_pixels": True})]
+)
+def test_checklist_10_512_features_of_unit_length_from_a_frozen_network(full_size, monkeypatch, name, options):
+    from open_clip.transformer import QuickGELU
+
+    monkeypatch.setattr(QuiltNet, "_licence_shown", True)
+    encoder = hx.encoders.create(name, weights=full_size, **options)
+    network = encoder._network._network
+    kinds = [type(module) for module in network.modules()]
+    assert (kinds.count(QuickGELU), kinds.count(torch.nn.GELU)) == (12, 0)
+    before = safetensors.load_file(full_size)
+    tiles = np.random.default_rng(0).integers(0, 255, (3, encoder.tile_px, encoder.tile_px, 3), dtype=np.uint8)
+    features = encoder.encode(tiles, "cpu")
+    assert (encoder.tile_px, encoder.n_features) == (224, 512)
+    assert features.shape == (3, 512)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    assert np.ptp(features, axis=0).max() > 0
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not network.training
+    after = network.state_dict()
+    assert len(after) == len(before)
+    assert all(torch.equal(after[key.removeprefix("visual.")], tensor) for key, tensor in before.items())
+
+
 def test_preprocessing_is_that_of_open_clip(weights, plain_section):
     """From the slide: the same numbers as open_clip's own transform of the cut-out."""
     from PIL import Image
@@ -98,6 +135,44 @@ def test_switches_change_the_features_and_the_parameters(weights, tiles):
     np.testing.assert_array_equal(again.encode(tiles, "cpu"), features[1])
 
 
+def test_checklist_09_patches_are_cut_from_the_slide_as_published(weights, plain_section, golden, monkeypatch):
+    from hespotex.data.geometry import resolve_slide
+    from hespotex.image.patches import spot_patches
+
+    recorded = golden("patches_area")
+    image, diameter, xy = recorded["image"], float(recorded["d260_diameter"]), recorded["d260_xy"]
+    sdata = plain_section(np.ascontiguousarray(image.transpose(2, 0, 1)), centres=xy, chunks=100)
+    encoder = make(weights, patch="published", tile_um=diameter * 0.5)
+    seen = []
+    monkeypatch.setattr(type(encoder), "encode", lambda self, tiles, device: seen.append(tiles) or tiles[:, 0, :16, 0])
+    batches = encoder.embed(resolve_slide(sdata), xy, batch_size=2, device="cpu", progress_bar=False)
+    rows = np.concatenate([rows for rows, _ in batches])
+    expected = spot_patches(image, xy, diameter, side=64).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(np.concatenate(seen), expected[rows])
+    assert sorted(rows) == list(range(len(xy)))
+    assert encoder.params()["patch"] == "published"
+    with pytest.raises(DataValueError, match="'tile', 'published'"):
+        make(weights, patch="square")
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(weights, tmp_path, monkeypatch):
+    import hashlib
+
+    read, original = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or original(*given))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(weights.read_bytes())
+    with hx.settings.override(cache_dir=tmp_path):
+        params = make(path).params()
+        hx.encoders.create(**params)
+        assert len(read) == 1
+        with path.open("ab") as stream:
+            stream.write(b"x")
+        with pytest.raises(MissingWeightsError):
+            hx.encoders.create(**params)
+    assert len(read) == 2
+
+
 def test_both_file_formats(weights, tiles):
     other = weights.with_name("open_clip_pytorch_model.bin")
     np.testing.assert_array_equal(make(weights).encode(tiles, "cpu"), make(other).encode(tiles, "cpu"))
@@ -119,18 +194,23 @@ def test_weights_that_do_not_fit(weights, tmp_path):
 
 
 @pytest.fixture
-def tiny_quiltnet(monkeypatch):
+def licence_was_shown(monkeypatch):
+    monkeypatch.setattr(QuiltNet, "_licence_shown", True)
+
+
+@pytest.fixture
+def tiny_quiltnet(monkeypatch, licence_was_shown):
     """QuiltNet with the tiny architecture in place of ViT-B-32."""
     original = open_clip.create_model
     monkeypatch.setattr(open_clip, "create_model", lambda name, **options: original("tiny-vit", **options))
 
 
-def test_quiltnet_takes_a_local_file_and_states_its_licence_once(weights, tiny_quiltnet, monkeypatch, caplog):
+def test_quiltnet_takes_a_local_file_and_states_its_licence_once(weights, tiny_quiltnet, monkeypatch):
     monkeypatch.setattr(QuiltNet, "_licence_shown", False)
-    with caplog.at_level(logging.WARNING, logger="hespotex"):
-        encoder = hx.encoders.create("quiltnet", weights=weights)
+    with pytest.warns(HespotexWarning, match="quiltnet: see the model card"):
         hx.encoders.create("quiltnet", weights=weights)
-    assert sum("quiltnet" in message for message in caplog.messages) == 1
+    with warnings.catch_warnings(action="error"):
+        encoder = hx.encoders.create("quiltnet", weights=weights)
     assert encoder.name == "quiltnet"
     assert encoder.tile_um == 100
     assert hx.encoders.create(**encoder.params()).params() == encoder.params()
@@ -151,7 +231,7 @@ def test_quiltnet_is_taken_from_the_hubs_cache(weights, tiny_quiltnet, monkeypat
     assert encoder.params()["weights_name"] == "hf-hub:wisdomik/QuiltNet-B-32"
 
 
-def test_quiltnet_offline_says_what_to_do(monkeypatch, tmp_path):
+def test_quiltnet_offline_says_what_to_do(licence_was_shown, tmp_path):
     with hx.settings.override(cache_dir=tmp_path), pytest.raises(MissingWeightsError) as caught:
         hx.encoders.create("quiltnet")
     for advice in ("huggingface.co/wisdomik/QuiltNet-B-32", "hf auth login", "weights='<file>'"):

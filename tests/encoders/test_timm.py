@@ -90,6 +90,11 @@ def test_weights_that_cannot_be_used(tmp_path, weights):
     torch.save({"code": print}, tmp_path / "code.pt")
     with pytest.raises(CheckpointError, match="more than tensors"):
         make(tmp_path / "code.pt")
+    (tmp_path / "noise.pt").write_bytes(b"\x80\x02noise")
+    with pytest.raises(CheckpointError, match="damaged"):
+        make(tmp_path / "noise.pt")
+    with pytest.raises(DataValueError, match="tile_px=0"):
+        hx.encoders.create(f"timm:{ARCHITECTURE}", weights=weights, tile_px=0)
     torch.save({"weight": [1, 2]}, tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="names to tensors"):
         make(tmp_path / "list.pt")

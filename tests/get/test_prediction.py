@@ -11,6 +11,8 @@ from hespotex.data.provenance import record
 from hespotex.data.stored import write_prediction
 from hespotex.errors import HespotexWarning, MissingKeyError
 
+from ..conftest import stored
+
 GENES = ("B", "X", "A")  # X was never measured
 
 
@@ -64,8 +66,16 @@ def test_what_is_no_count_is_not_taken_for_the_measurement() -> None:
 
 def test_the_result_is_apart_from_the_object() -> None:
     adata = table()
+    adata.obsm["spatial"] = np.ones((3, 2))
+    adata.obsp["near"] = sparse.csr_matrix(np.ones((3, 3)))
+    adata.uns["theirs"] = {"inside": np.ones(2)}
+    before = stored(adata)
     pred = hx.get.prediction(adata)
     pred.X[:] = 0
     pred.obs["new"] = 1
-    assert adata.obsm["ridge"].any()
-    assert "new" not in adata.obs
+    pred.obsm["spatial"][:] = 0
+    pred.obsp["near"].data[:] = 0
+    pred.uns["theirs"]["inside"][:] = 0
+    pred.uns["hespotex"]["ridge"]["genes"][0] = "?"
+    pred.layers["std"][:] = 0
+    assert stored(adata) == before

@@ -17,6 +17,9 @@ from hespotex.errors import (
     MissingKeyError,
     ScaleError,
 )
+from hespotex.image import fingerprint
+
+from ..conftest import stored
 
 
 class Thumbnail(TileEncoder):
@@ -132,12 +135,19 @@ def test_nothing_is_done_twice(plain_section):
     assert other.seen == 12
 
 
-@pytest.mark.parametrize("change", ["image", "places", "scale"])
-def test_changed_input_is_embedded_anew(plain_section, change):
-    sdata = plain_section(smooth())
+@pytest.mark.parametrize("change", ["image", "painted", "painted pyramid", "painted, larger", "places", "scale"])
+def test_changed_input_is_embedded_anew(plain_section, change, monkeypatch):
+    options = {"scale_factors": [2, 2]} if change == "painted pyramid" else {}
+    if change == "painted, larger":
+        monkeypatch.setattr(fingerprint, "OVERVIEW_PX", 10_000)
+    sdata = plain_section(smooth(), **options)
     hx.pp.embed(sdata, Thumbnail())
     if change == "image":
         sdata["image"] = sdata["image"].copy(data=255 - sdata["image"].data)
+    elif change.startswith("painted"):
+        pixels = smooth()
+        pixels[:, :50, :50] = 255  # where no tile lies: the samples alone do not see it
+        sdata["image"] = plain_section(pixels, **options)["image"]
     elif change == "places":
         sdata["spots"].geometry = sdata["spots"].geometry.translate(3, 0)
     else:
@@ -151,7 +161,7 @@ def test_interrupted_work_goes_on(plain_section, monkeypatch, tmp_path):
     monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
     sdata, reference = plain_section(), plain_section()
     with hx.settings.override(cache_dir=tmp_path, batch_size=4):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.warns(HespotexWarning, match="interrupted after 8 of 12"), pytest.raises(KeyboardInterrupt):
             hx.pp.embed(sdata, Thumbnail(fail_after=8))
         assert KEY not in sdata["table"].obsm
         encoder = Thumbnail()
@@ -196,6 +206,8 @@ def test_several_regions_have_their_own_images(plain_section):
     single = np.vstack([hx.pp.embed(a, Thumbnail(), copy=True), hx.pp.embed(b, Thumbnail(), copy=True)])
     np.testing.assert_array_equal(values, single)
     np.testing.assert_array_equal(hx.pp.embed(both, Thumbnail(), copy=True), single)
+    # the shapes name the table, and a table is embedded whole
+    np.testing.assert_array_equal(hx.pp.embed(both, Thumbnail(), shapes_key="spots-a", copy=True), single)
 
 
 def test_errors_leave_the_object_untouched(plain_section):
@@ -216,10 +228,37 @@ def test_errors_leave_the_object_untouched(plain_section):
         assert "hespotex" not in sdata["table"].uns
 
 
+@pytest.mark.parametrize("table", [True, False])
+def test_interrupted_writing_leaves_nothing(plain_section, monkeypatch, table):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hespotex.pp._embed._spot_radius", interrupted)
+    sdata = plain_section(table=table)
+    before = stored(sdata)
+    with pytest.raises(KeyboardInterrupt):
+        hx.pp.embed(sdata, Thumbnail(), shapes_key="spots")
+    assert stored(sdata) == before
+
+
+def test_features_and_flags_of_others_are_not_replaced(plain_section):
+    sdata = plain_section()
+    sdata["table"].obsm[KEY] = np.ones((12, 3))
+    with pytest.raises(DataValueError, match=r"obsm\['X_thumbnail'\].*did not make"):
+        hx.pp.embed(sdata, Thumbnail(fail_after=0))
+    sdata["table"].obs["other_padded"] = 0
+    with pytest.raises(DataValueError, match=r"obs\['other_padded'\]"):
+        hx.pp.embed(sdata, Thumbnail(fail_after=0), key_added="X_other")
+    hx.pp.embed(sdata, Thumbnail(), key_added="X_own")
+    hx.pp.embed(sdata, Thumbnail(tile_um=64), key_added="X_own")
+
+
 def test_arguments(plain_section):
     sdata = plain_section()
     with pytest.raises(DataValueError, match="made already"):
         hx.pp.embed(sdata, Thumbnail(), tile_um=20)
+    with pytest.raises(DataValueError, match="batch_size=0"):
+        hx.pp.embed(sdata, Thumbnail(), batch_size=0)
     with pytest.raises(DataTypeError, match="name or an Encoder"):
         hx.pp.embed(sdata, 3)
     with pytest.raises(DataTypeError, match="SpatialData"):

@@ -14,6 +14,8 @@ from hespotex.data.geometry import resolve_slide, shape_centres, shape_geometrie
 from hespotex.data.lattice import detect_lattice
 from hespotex.errors import DataValueError, GeometryError, MissingKeyError
 
+from ..conftest import stored
+
 TURNED = Affine(np.array([[0, -1, 900], [1, 0, 0], [0, 0, 1]]), ("x", "y"), ("x", "y"))
 
 
@@ -115,6 +117,18 @@ def test_tiles_under_a_table_are_not_replaced(slide_with_tissue):
     with pytest.raises(GeometryError, match="morphology_tiles"):
         hx.pp.make_tiles(sdata, pitch_um=300)
     hx.pp.make_tiles(sdata, pitch_um=300, key_added="coarse")
+
+
+def test_what_others_made_is_not_replaced(slide_with_tissue):
+    sdata = slide_with_tissue()
+    hx.pp.detect_tissue(sdata)
+    hx.pp.detect_tissue(sdata)
+    for step, names in ((hx.pp.detect_tissue, ("spots", "image", "Spots")), (hx.pp.make_tiles, ("tissue", "image"))):
+        for name in names:
+            before = stored(sdata)
+            with pytest.raises(DataValueError, match=rf"key_added='{name}' would replace .* did not make"):
+                step(sdata, key_added=name)
+            assert stored(sdata) == before
 
 
 def test_arguments(slide_with_tissue):

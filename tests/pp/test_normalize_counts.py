@@ -50,6 +50,18 @@ def test_copy_returns_the_matrix_and_writes_nothing(adata):
     assert not adata.layers.keys() - {None}
 
 
+def test_what_is_there_is_not_replaced(adata):
+    adata.layers["counts"] = adata.X.copy()
+    with pytest.raises(DataValueError, match=r"layers\['counts'\]"):
+        normalize_counts(adata, layer="counts", key_added="counts")
+    assert adata.layers["counts"].dtype == np.int32
+    adata.uns["hespotex"] = {"ridge": {"created_by": "hespotex.tl.predict"}}
+    with pytest.raises(DataValueError, match=r"uns\['hespotex'\]\['ridge'\]"):
+        normalize_counts(adata, key_added="ridge")
+    normalize_counts(adata)
+    normalize_counts(adata)
+
+
 def test_empty_spots_stay_zero_with_a_warning(adata):
     counts = adata.X.toarray()
     counts[2] = 0

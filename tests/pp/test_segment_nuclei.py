@@ -194,6 +194,9 @@ BAD = {
     "labels of another size": ({"method": np.zeros((5, 7), int)}, DataValueError, "7 × 5 px"),
     "float labels": ({"method": np.zeros((SIDE, SIDE))}, DataTypeError, "float64"),
     "a mask": ({"method": np.zeros((SIDE, SIDE), bool)}, DataTypeError, "number the nuclei"),
+    "negative labels": ({"method": np.full((SIDE, SIDE), -1)}, DataValueError, "negative label -1"),
+    "no mpp": ({"mpp": 0}, DataValueError, "mpp=0"),
+    "no threads": ({"n_jobs": 0}, DataValueError, "n_jobs=0"),
     "no nuclei": ({"method": np.zeros((SIDE, SIDE), int)}, DataValueError, "no nuclei"),
     "a number": ({"method": 3}, DataTypeError, "int"),
     "negative diameter": ({"diameter_um": -1}, DataValueError, "diameter_um=-1"),
@@ -249,3 +252,8 @@ def test_nuclei_of_somebody_else_are_not_overwritten(scene) -> None:
     sdata["nuclei"] = sdata["spots"].copy()
     with pytest.raises(DataValueError, match="nuclei_2"):
         hx.pp.segment_nuclei(sdata)
+    del sdata["nuclei"]
+    sdata["table"].obs["n_nuclei"] = 7
+    with pytest.raises(DataValueError, match=r"obs\['n_nuclei'\]"):
+        hx.pp.segment_nuclei(sdata)
+    assert "nuclei" not in sdata

@@ -78,7 +78,9 @@ def test_high_mean_and_most_variable_follow_their_definition():
     assert select_genes(sections, method="most_variable", n_top=7, copy=True) == expected
 
 
-def test_svg_finds_the_planted_pattern_and_needs_a_graph():
+@pytest.mark.parametrize("at_once", [512, 7])
+def test_svg_finds_the_planted_pattern_and_needs_a_graph(at_once, monkeypatch):
+    monkeypatch.setattr("hespotex.data.panel._GENES_AT_ONCE", at_once)
     adata = section(0, n=100)
     row, col = np.divmod(np.arange(100), 10)
     counts = adata.X.toarray()
@@ -129,6 +131,46 @@ def test_only_genes_counted_everywhere_are_chosen():
     first.X = sparse.csr_matrix(counts)
     genes = select_genes([first, second], copy=True)
     assert set(genes) <= set(GENES[:30]) - {"G02"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_section_too_small_for_hvg_is_refused_with_advice(n):
+    few = section(0, n=n, mean=np.full(40, 0.3))
+    with pytest.raises(DataValueError, match=rf"section '1': method='hvg' .* {n} spots .*method='high_mean', or leave"):
+        select_genes([section(1), few], n_top=5, copy=True)
+    assert len(select_genes([section(1), few], method="high_mean", n_top=5, copy=True)) == 5
+
+
+def test_hvg_needs_genes_that_vary():
+    alike = section(0)
+    alike.X = sparse.csr_matrix(np.full((60, 40), 2))
+    with pytest.raises(DataValueError, match="of which 0 vary"):
+        select_genes(alike, n_top=5, copy=True)
+
+
+def test_interrupted_writing_leaves_no_section_with_a_panel(monkeypatch):
+    sections = [section(0), section(1)]
+    calls = []
+
+    def interrupted(adata, key, **values):
+        calls.append(key)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hespotex.pp._select_genes.record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        select_genes(sections, method="high_mean", n_top=5)
+    assert not any(list(adata.var) for adata in sections)
+
+
+def test_a_column_of_others_is_not_replaced():
+    adata = section(0)
+    adata.var["mine"] = 1
+    with pytest.raises(DataValueError, match=r"var\['mine'\]"):
+        select_genes(adata, method="high_mean", n_top=5, key_added="mine")
+    select_genes(adata, method="high_mean", n_top=5)
+    select_genes(adata, method="high_mean", n_top=6)
+    assert adata.var["hespotex_target"].sum() == 6
 
 
 def test_writes_the_column_and_its_provenance_and_nothing_else():

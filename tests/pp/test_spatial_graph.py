@@ -116,6 +116,16 @@ def test_copy_writes_nothing():
     assert not adata.uns
 
 
+def test_the_graph_of_others_is_not_replaced():
+    adata = table(square())
+    adata.obsp["spatial_connectivities"] = np.zeros((25, 25))
+    with pytest.raises(DataValueError, match=r"obsp\['spatial_connectivities'\]"):
+        hx.pp.spatial_graph(adata)
+    assert set(adata.obsp) == {"spatial_connectivities"}
+    hx.pp.spatial_graph(adata, key_added="own")
+    hx.pp.spatial_graph(adata, key_added="own", n_neighs=8)
+
+
 def test_too_few_observations():
     with pytest.raises(DataValueError, match="at least 2"):
         graph(square()[:1])

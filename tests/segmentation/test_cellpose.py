@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import sys
 
 import numpy as np
@@ -50,6 +51,14 @@ def test_without_cellpose_the_extra_is_named(tmp_path, monkeypatch: pytest.Monke
     (tmp_path / "weights").touch()
     with pytest.raises(MissingDependencyError, match=r"hespotex\[cellpose\]"):
         CellposeSegmenter(tmp_path / "weights", diameter_px=10)
+
+
+def test_the_installed_version_takes_what_is_passed() -> None:
+    models = pytest.importorskip("cellpose.models")
+    stub = Stub(np.zeros((4, 4), int))
+    CellposeSegmenter(stub, diameter_px=8.0)(np.zeros((4, 4, 3), np.uint8))
+    assert set(stub.seen) - {"shape"} <= set(inspect.signature(models.CellposeModel.eval).parameters)
+    assert {"gpu", "pretrained_model", "device"} <= set(inspect.signature(models.CellposeModel).parameters)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")

@@ -30,6 +30,12 @@ def test_files_that_are_no_label_images_are_refused(tmp_path) -> None:
     np.save(tmp_path / "volume.npy", np.zeros((2, 2, 2), int))
     with pytest.raises(DataValueError, match="two axes"):
         load_labels(tmp_path / "volume.npy")
+    np.save(tmp_path / "negative.npy", np.array([[-1, 0], [1, 1]]))
+    with pytest.raises(DataValueError, match=r"negative label -1.*labels\[labels < 0\] = 0"):
+        load_labels(tmp_path / "negative.npy")
+    np.save(tmp_path / "huge.npy", np.array([[0, 2**63]], dtype=np.uint64))
+    with pytest.raises(DataValueError, match="too large"):
+        load_labels(tmp_path / "huge.npy")
     (tmp_path / "labels.tif").write_bytes(b"II")
     with pytest.raises(DataValueError, match="not a .npy"):
         load_labels(tmp_path / "labels.tif")

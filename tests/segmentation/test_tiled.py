@@ -80,9 +80,10 @@ def test_a_backend_that_disagrees_with_itself_makes_no_doubles() -> None:
     assert len(nuclei.ids) == 1
 
 
-def test_given_names_are_kept_and_order_is_along_rows() -> None:
+@pytest.mark.parametrize("name", [900_000, 2**40])
+def test_given_names_are_kept_and_order_is_along_rows(name: int) -> None:
     labels = np.zeros((100, 100), np.int64)
-    labels[70:80, 10:20], labels[10:20, 60:70] = 7, 900_000
+    labels[70:80, 10:20], labels[10:20, 60:70] = 7, name
     nuclei = segment_slide(
         slide_of(np.full((100, 100, 3), 200, np.uint8)),
         lambda block: np.pad(labels, 20)[block.y : block.y + 90, block.x : block.x + 90],
@@ -93,7 +94,7 @@ def test_given_names_are_kept_and_order_is_along_rows() -> None:
         keep_names=True,
         progress_bar=False,
     )
-    assert nuclei.ids.tolist() == [900_000, 7]
+    assert nuclei.ids.tolist() == [name, 7]
     assert np.array_equal(rasterise(nuclei)[:], labels)
     assert nuclei.centroids().tolist() == [[65, 15], [15, 75]]
 
@@ -114,6 +115,8 @@ def test_a_bad_backend_is_named() -> None:
         segment_slide(slide_of(image), lambda block: np.zeros((3, 3), int), **options)
     with pytest.raises(DataTypeError, match="float64"):
         segment_slide(slide_of(image), lambda block: np.zeros(block.pixels.shape[:2]), **options)
+    with pytest.raises(DataValueError, match="negative label -1"):
+        segment_slide(slide_of(image), lambda block: np.full(block.pixels.shape[:2], -1), **options)
     with pytest.raises(DataValueError, match="halo_px=0"):
         segment_slide(slide_of(image), lambda block: None, **{**options, "halo_px": 0})
 

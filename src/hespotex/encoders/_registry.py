@@ -79,7 +79,9 @@ def create(name: str, **params: Any) -> Encoder:
     Raises
     ------
     DataValueError
-        If the name or an option is unknown.
+        If the name is unknown.
+    DataTypeError
+        If an option is unknown.
     """
     kind = get(name)
     architecture = name.partition(":")[2]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from .._logging import logger
@@ -49,7 +52,14 @@ def recall(sha256: str) -> Path | None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content, read once in a process while its size and time of change stay."""
+    path = path.resolve()
+    state = path.stat()
+    return _hash(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: Path, size: int, mtime_ns: int) -> str:  # size and time are there to tell files apart
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -72,12 +82,16 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
-    except Exception as error:
+    except UnpicklingError as error:
         raise CheckpointError(
-            f"weights {path.name!r} hold more than tensors, and hespotex runs no code of a file: {error}"
+            f"weights {path.name!r} are damaged or hold more than tensors, and hespotex runs no code of a file: {error}"
         ) from error
+    # The last four: a damaged pickle may end in almost anything.
+    except (
+        *(SafetensorError, RuntimeError, EOFError, OSError, ValueError),
+        *(LookupError, TypeError, AttributeError, struct.error),
+    ) as error:
+        raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

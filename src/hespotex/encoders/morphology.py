@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataValueError
+from ..errors import DataValueError, ModelMismatchError
 from ..image.color import is_void, stain_tables
 from ..image.features import Octaves, block_mean, level_names, window_means
 from ._base import Encoder, EncoderInfo
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Morphology"]
 
+VERSION = 1  # to be raised with every change of a formula: features of two versions must not be mixed
 CELL_UM = 11.0  # maps finer than this are averaged to cells of about this size before windows are laid over them
 COARSEST_UM = 44.0  # pixel of the coarsest octave: glands, vessels, nests
 CONTEXT_TILES = 3.0
@@ -77,11 +78,15 @@ class Morphology(Encoder):
     mpp
         Working resolution in µm per pixel. At the default a nucleus is 4 to 8 pixels wide; 1 µm/px raised the mean
         correlation of a ridge on her2st by 0.003, at twice the pixels.
+    version
+        Version of the formulas, as :meth:`params` gives it; there is one.
 
     Raises
     ------
     DataValueError
         If a size is not positive, or the context smaller than the tile.
+    ModelMismatchError
+        If this version of hespotex has other formulas than those of `version`.
 
     Examples
     --------
@@ -99,7 +104,14 @@ class Morphology(Encoder):
     )
     name = "morphology"
 
-    def __init__(self, *, tile_um: float = 160.0, context_um: float | None = None, mpp: float = 1.375) -> None:
+    def __init__(
+        self, *, tile_um: float = 160.0, context_um: float | None = None, mpp: float = 1.375, version: int = VERSION
+    ) -> None:
+        if version != VERSION:
+            raise ModelMismatchError(
+                f"version={version!r}: features of other formulas were asked for than this hespotex has (version "
+                f"{VERSION}); embed and train again, or install the hespotex they were made with"
+            )
         for label, value in (("tile_um", tile_um), ("mpp", mpp)):
             if not (np.isfinite(value) and value > 0):
                 raise DataValueError(f"{label}={value!r} must be a positive number")
@@ -133,6 +145,7 @@ class Morphology(Encoder):
             "tile_um": self.tile_um,
             "context_um": self.context_um,
             "mpp": self.mpp,
+            "version": VERSION,
         }
 
     def embed(

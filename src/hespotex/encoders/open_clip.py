@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .._logging import logger
 from .._optional import optional_import
-from ..errors import DataValueError, MissingWeightsError
+from ..errors import DataValueError, HespotexWarning, MissingWeightsError
 from ._base import EncoderInfo, TileEncoder
 from ._torch import TileNetwork
 from ._weights import identify, load_into, read_state_dict, recall
+
+if TYPE_CHECKING:
+    from ..data.geometry import Slide
 
 __all__ = ["OpenClipEncoder", "QuiltNet"]
 
@@ -40,6 +44,11 @@ class OpenClipEncoder(TileEncoder):
         a wrong choice raises no error.
     raw_pixels
         Feed pixels as 0–255 in place of normalising them, as HESpotEx's published code does. Only to reproduce it.
+    patch
+        ``"tile"``: the tile at its exact place, resized as open_clip does. ``"published"``: as HESpotEx's published code
+        cuts it from the finest level, to whole pixels, one spot diameter wide (`tile_um` is the diameter of the
+        section's spots), cut at the border of the image, resized by area or, however far it is enlarged, by cubic
+        interpolation. Only to reproduce it.
     normalize
         Whether features are scaled to unit length.
     dtype
@@ -79,6 +88,7 @@ class OpenClipEncoder(TileEncoder):
         mpp: float | None = None,
         quick_gelu: bool = False,
         raw_pixels: bool = False,
+        patch: Literal["tile", "published"] = "tile",
         normalize: bool = True,
         dtype: str = "float32",
         weights_name: str | None = None,
@@ -93,12 +103,14 @@ class OpenClipEncoder(TileEncoder):
             raise DataValueError(
                 f"open_clip has no architecture {architecture!r}" + (f"; near: {near}" if near else "")
             )
+        if patch not in ("tile", "published"):
+            raise DataValueError(f"patch={patch!r} is unknown; possible: 'tile', 'published'")
         path = self._find(weights, revision, weights_name, weights_sha256)
         path, self._sha256 = identify(path, expected=weights_sha256)
         hub = isinstance(weights, str) and weights.startswith(_HUB)
         self._weights_name = weights_name or (str(weights) if hub else path.name)
         self._quick_gelu, self._raw_pixels, self._normalize = quick_gelu, raw_pixels, normalize
-        self._dtype = dtype
+        self._dtype, self._patch = dtype, patch
 
         tower = open_clip.create_model(architecture, pretrained=None, force_quick_gelu=quick_gelu).visual
         state = read_state_dict(path)
@@ -118,6 +130,7 @@ class OpenClipEncoder(TileEncoder):
             "tile_um": self.tile_um,
             "quick_gelu": self._quick_gelu,
             "raw_pixels": self._raw_pixels,
+            "patch": self._patch,
             "normalize": self._normalize,
             "dtype": self._dtype,
             "weights_name": self._weights_name,
@@ -127,6 +140,26 @@ class OpenClipEncoder(TileEncoder):
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
         return self._network(tiles, device, after=_unit_length if self._normalize else None)
+
+    def embed(
+        self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Stream tiles, or patches as published, in storage order through :meth:`encode`."""
+        if self._patch == "tile":
+            yield from super().embed(slide, centres, batch_size=batch_size, device=device, progress_bar=progress_bar)
+            return
+        from ..image.patches import iter_patches
+
+        patches = iter_patches(
+            slide,
+            centres,
+            diameter_um=self.tile_um,
+            side=self.tile_px,
+            batch_size=batch_size,
+            progress_bar=progress_bar,
+        )
+        for rows, pixels in patches:
+            yield rows, self.encode(pixels, device)
 
     def _find(
         self, weights: str | Path | None, revision: str | None, name: str | None, sha256: str | None
@@ -147,8 +180,8 @@ class QuiltNet(OpenClipEncoder):
     """QuiltNet-B-32, the frozen encoder of HESpotEx: 512 features of unit length.
 
     The default follows the configuration that comes with the weights: bicubic resize to 224 px, CLIP's mean and
-    standard deviation, ordinary GELU. HESpotEx's published code differs in two points, which are options here:
-    ``quick_gelu=True`` and ``raw_pixels=True``.
+    standard deviation, ordinary GELU. HESpotEx's published code differs in three points, which are options here:
+    ``quick_gelu=True``, ``raw_pixels=True`` and ``patch="published"``.
 
     Parameters
     ----------
@@ -174,8 +207,8 @@ class QuiltNet(OpenClipEncoder):
 
     def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
         if not QuiltNet._licence_shown:
-            logger.warning("quiltnet: %s", self.info.licence)
             QuiltNet._licence_shown = True
+            warnings.warn(f"quiltnet: {self.info.licence}", HespotexWarning, stacklevel=2)
         sha256 = options.get("weights_sha256")
         if weights is None and (sha256 is None or recall(sha256) is None):
             weights = self.hub_id

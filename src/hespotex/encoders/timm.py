@@ -105,7 +105,9 @@ class TimmEncoder(TileEncoder):
         load_into(model, state, f"architecture {architecture!r} of timm without classifier")
 
         config = timm.data.resolve_model_data_config(model)
-        self.tile_px = int(tile_px or config["input_size"][-1])
+        self.tile_px = int(config["input_size"][-1] if tile_px is None else tile_px)
+        if self.tile_px < 1:
+            raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
         self._mean, self._std = _triple(mean, config["mean"]), _triple(std, config["std"])
         self._pad_type, self._dtype = pad_type, dtype
         self.n_features = int(model.num_features)

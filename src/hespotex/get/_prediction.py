@@ -42,7 +42,7 @@ def prediction(
 
     Returns
     -------
-    A new AnnData (n, G): ``X`` the prediction (float32), ``var_names`` its genes,
+    A new AnnData (n, G) that shares no memory with `data`: ``X`` the prediction (float32), ``var_names`` its genes,
     ``layers["measured"]`` the measurement in the same unit, NaN for genes that were not measured
     (``var["measured"]`` says which were); there is no such layer where none of the genes was measured, or where the
     unit divides by a panel that was not measured whole,
@@ -82,8 +82,8 @@ def prediction(
         shared = adata.var.reindex(stored.genes)
         var = pd.concat([var, shared.drop(columns=["measured"], errors="ignore")], axis=1)
     result = AnnData(
-        X=stored.values.copy(),
-        obs=adata.obs.copy(),
+        X=stored.values,
+        obs=adata.obs,
         var=var,
         obsm={name: value for name, value in adata.obsm.items() if name != key},
         obsp=dict(adata.obsp),
@@ -96,7 +96,7 @@ def prediction(
         if layer is not None:
             result.layers[Keys.MEASURED] = layer
     result.uns[Keys.NAMESPACE] = {key: dict(stored.provenance)}
-    return result
+    return result.copy()  # until here it shares arrays with the object, which is not the caller's to change
 
 
 def _measurement(

@@ -12,6 +12,7 @@ from ..data.geometry import Slide, image_transformations, resolve_slide
 from ..errors import DataValueError, GeometryError
 from ..image.stream import WorkingGrid, iter_blocks, working_grid
 from ..image.tissue import mask_polygons, tissue_mask
+from ._free import check_elements_free
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -70,6 +71,8 @@ def detect_tissue(
     ------
     GeometryError
         If no tissue is found.
+    DataValueError
+        If `key_added` is taken by something that this function did not make, or is no legal key.
 
     Examples
     --------
@@ -79,6 +82,14 @@ def detect_tissue(
     if min_area_um2 < 0 or max_hole_um2 < 0:
         raise DataValueError(f"min_area_um2={min_area_um2!r} and max_hole_um2={max_hole_um2!r} must not be negative")
     slide = resolve_slide(sdata, image_key=image_key)
+    if not copy:
+        check_elements_free(
+            sdata,
+            {key_added: "shapes"},
+            key_added=key_added,
+            maker="detect_tissue",
+            is_ours=lambda shapes: set(shapes.columns) == {"area_um2", "geometry"},
+        )
     grid = working_grid(slide, max(WORKING_UM, slide.mpp))
     mask = tissue_mask(
         _overview(slide, grid, progress_bar=progress_bar),

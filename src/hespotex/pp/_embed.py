@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._keys import Keys, sanitize
+from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
 from ..data.geometry import Slide, check_on_image, shape_centres, shape_radius
@@ -23,9 +23,11 @@ from ..data.tables import (
     row_positions,
     table_role,
 )
+from ..data.transaction import restored_on_error
 from ..encoders import Encoder, create
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
 from ..image.fingerprint import fingerprint
+from ._free import check_elements_free, check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,7 +55,8 @@ def embed(
     """Turn the image around each spot or tile into a row of features.
 
     The slide is streamed: each chunk of it is read about once, and memory does not grow with its size. Features that
-    are there already, of the same encoder on the same image and places, are not computed again.
+    are there already, of the same encoder on the same image and places, are not computed again. Whether the image is
+    the same is told by an overview and samples of its finest pixels.
 
     Parameters
     ----------
@@ -65,7 +68,8 @@ def embed(
         Name in ``sdata.images``; may be left out where shapes lie on only one. Where a table annotates several
         regions, each with its own image: ``{shapes: image}``.
     shapes_key
-        The shapes to embed; by default those that the one table annotates, else ``"tiles"``.
+        Shapes whose table is meant; by default the one table there is, else that of ``"tiles"``. All regions of the
+        table are embedded, as a row of features cannot be left out.
     table_key
         Their table; may be left out where there is only one. Shapes without a table get one.
     mpp
@@ -93,7 +97,8 @@ def embed(
     ``obsm["X_<encoder>"]``
         Features, float32 (n, d).
     ``obs["<encoder>_padded"]``
-        Whether a tile reaches beyond the image, where it is filled with white.
+        Whether a tile reaches beyond the image. Networks see white there; ``morphology`` takes the mean over the
+        part that lies on the image.
     ``uns["hespotex"]["X_<encoder>"]``
         Encoder, parameters, resolution, versions.
 
@@ -105,6 +110,13 @@ def embed(
         If the image's scale is unknown, or it would have to be enlarged more than twofold.
     MissingWeightsError
         If the encoder's weights are missing.
+    DataValueError
+        If `key_added` is taken by features that this function did not make, or is no legal key.
+
+    Warns
+    -----
+    HespotexWarning
+        If the work is interrupted: what is done is kept in ``settings.cache_dir``, where the same call goes on.
 
     Examples
     --------
@@ -112,9 +124,12 @@ def embed(
     >>> hx.pp.embed(sdata)  # doctest: +SKIP
     >>> hx.pp.embed(sdata, "timm:resnet50", weights="resnet50.safetensors", tile_um=112)  # doctest: +SKIP
     """
+    if batch_size is not None and batch_size < 1:
+        raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
     encoder = _resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
     table = _resolve_table(sdata, shapes_key, table_key)
-    key = key_added or Keys.embedding(encoder.name)
+    key = Keys.embedding(encoder.name) if key_added is None else key_added
+    check_key(key)
     places = _places(sdata, table, image_key)
     identity = _identity(encoder, places)
 
@@ -122,6 +137,8 @@ def embed(
     if features is not None:
         logger.info("embed: obsm[%r] is there already, made with the same parameters", key)
         return np.array(features) if copy else None
+    if not copy:
+        _check_free(sdata, table, key, encoder)
     partial = PartialRows(identity, (table.adata.n_obs, encoder.n_features))
     features = _compute(encoder, places, partial, batch_size, device, progress_bar=progress_bar)
     if copy:
@@ -280,6 +297,19 @@ def _padded(encoder: Encoder, places: list[_Place], n_obs: int) -> np.ndarray:
     return padded
 
 
+def _padded_key(key: str) -> str:
+    """The flag follows the key of the features, so that two embeddings by one encoder keep theirs."""
+    return Keys.padded(key.removeprefix("X_"))
+
+
+def _check_free(sdata: SpatialData, table: AnnotatedTable, key: str, encoder: Encoder) -> None:
+    check_slot_free(table.adata, "obsm", key, maker="embed")
+    check_slot_free(table.adata, "obs", _padded_key(key), maker="embed", note=key)
+    if table.key is None:
+        name = Keys.embedding_table(encoder.name, table.regions[0])
+        check_elements_free(sdata, {name: "tables"}, key_added=name, maker="embed", is_ours=lambda _: False)
+
+
 def _spot_radius(sdata: SpatialData, places: list[_Place]) -> float | None:
     """Median over the regions, for laying tiles of the same size on other slides; points have none."""
     try:
@@ -298,26 +328,25 @@ def _write(
     places: list[_Place],
     identity: str,
 ) -> None:
-    adata = table.adata
-    adata.obsm[key] = features
-    # The flag follows the key, so that two embeddings by one encoder keep theirs.
-    adata.obs[Keys.padded(key.removeprefix("X_"))] = padded
-    record(
-        adata,
-        key,
-        created_by="hespotex.pp.embed",
-        encoder=encoder.params(),
-        mpp=encoder.mpp,
-        tile_um=encoder.tile_um,
-        images={sanitize(place.shapes_key): place.slide.key for place in places},
-        slide_mpp=float(np.median([place.slide.mpp for place in places])),
-        spot_radius_um=_spot_radius(sdata, places),
-        identity=identity,
-    )
-    where = table.key
-    if where is None:
-        where = Keys.embedding_table(encoder.name, table.regions[0])
-        sdata[where] = adata
+    adata, where = table.adata, table.key
+    with restored_on_error(sdata):
+        adata.obsm[key] = features
+        adata.obs[_padded_key(key)] = padded
+        record(
+            adata,
+            key,
+            created_by="hespotex.pp.embed",
+            encoder=encoder.params(),
+            mpp=encoder.mpp,
+            tile_um=encoder.tile_um,
+            images={sanitize(place.shapes_key): place.slide.key for place in places},
+            slide_mpp=float(np.median([place.slide.mpp for place in places])),
+            spot_radius_um=_spot_radius(sdata, places),
+            identity=identity,
+        )
+        if where is None:
+            where = Keys.embedding_table(encoder.name, table.regions[0])
+            sdata[where] = adata
     logger.info(
         "embed: %d × %d features; wrote obsm[%r] of table %r%s",
         *(*features.shape, key, where, f", {int(padded.sum())} tiles padded" if padded.any() else ""),

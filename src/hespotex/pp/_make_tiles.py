@@ -11,6 +11,7 @@ from .._logging import logger
 from ..data.geometry import Slide, image_transformations, resolve_slide, shape_geometries
 from ..data.tissue import polygons_of_mask
 from ..errors import DataValueError, GeometryError, MissingKeyError
+from ._free import check_elements_free
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -69,6 +70,8 @@ def make_tiles(
         If no tissue was detected.
     GeometryError
         If no tile falls on tissue, or a table annotates tiles that would change.
+    DataValueError
+        If `key_added` is taken by something that this function did not make, or is no legal key.
 
     Examples
     --------
@@ -80,6 +83,14 @@ def make_tiles(
     if lattice not in ("square", "hex"):
         raise DataValueError(f"lattice={lattice!r} is unknown; possible: 'square', 'hex'")
     slide = resolve_slide(sdata, image_key=image_key)
+    if not copy:
+        check_elements_free(
+            sdata,
+            {key_added: "shapes"},
+            key_added=key_added,
+            maker="make_tiles",
+            is_ours=lambda shapes: set(shapes.columns) == {Keys.TILE_ID, "radius", "geometry"},
+        )
     tissue = _tissue(sdata, slide, shapes_key)
     centres = _lattice(slide, pitch_um / slide.mpp, lattice)
     centres = centres[_inside(tissue, centres)]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
-from .._keys import Keys
+from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.bridge import as_list
 from ..data.counts import check_counts, check_names, counts_of, library_size
 from ..data.provenance import record
 from ..data.tables import resolve_table
+from ..data.transaction import restored_on_error
 from ..data.units import check_unit, normalize_sparse
 from ..errors import DataValueError, HespotexWarning, MissingKeyError
+from ._free import check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,6 +78,8 @@ def normalize_counts(
         If the matrix does not hold raw counts, or a gene name occurs twice.
     MissingKeyError
         If `layer`, or the panel of ``"log1p_cpm_panel"``, is missing.
+    DataValueError
+        If `key_added` is taken by something that this function did not make, or is no legal key.
 
     Warns
     -----
@@ -94,8 +99,13 @@ def normalize_counts(
         raise DataValueError(
             "unit='counts' is what the table holds already; possible: 'log1p_cp10k', 'log1p_cpm_panel'"
         )
-    key = key_added or unit
+    key = unit if key_added is None else key_added
     tables = [resolve_table(item, table_key=table_key).adata for item in as_list(data)]
+    slot = "obsm" if unit == "log1p_cpm_panel" else "layers"
+    if not copy:
+        check_key(key)
+        for adata in tables:
+            check_slot_free(adata, slot, key, maker="normalize_counts")
     results: list[sparse.csr_matrix] = []
     panels: list[list[str]] = []
     for number, adata in enumerate(tables):
@@ -117,12 +127,11 @@ def normalize_counts(
         results.append(sparse.csr_matrix(normalize_sparse(counts, total, unit)))
     if copy:
         return results if isinstance(data, Sequence) else results[0]
-    for adata, values, genes in zip(tables, results, panels, strict=True):
-        if unit == "log1p_cpm_panel":
-            adata.obsm[key] = values
-            record(adata, key, created_by="hespotex.pp.normalize_counts", unit=unit, genes=genes)
-        else:
-            adata.layers[key] = values
-            record(adata, key, created_by="hespotex.pp.normalize_counts", unit=unit)
+    with ExitStack() as stack:
+        for adata, values, genes in zip(tables, results, panels, strict=True):
+            stack.enter_context(restored_on_error(adata))
+            getattr(adata, slot)[key] = values
+            named = {"genes": genes} if slot == "obsm" else {}
+            record(adata, key, created_by="hespotex.pp.normalize_counts", unit=unit, **named)
     logger.info("normalised %d sections to %s: %r", len(tables), unit, key)
     return None

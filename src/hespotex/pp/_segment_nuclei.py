@@ -40,6 +40,7 @@ from ..segmentation.cellpose import CellposeSegmenter
 from ..segmentation.counts import count_in_circles, count_in_polygons, count_in_window
 from ..segmentation.labels import check_labels, load_labels
 from ..segmentation.watershed import DIAMETER_UM, Watershed
+from ._free import check_elements_free, check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -141,7 +142,8 @@ def segment_nuclei(
     MissingWeightsError
         If Cellpose's weights are not there.
     DataTypeError, DataValueError
-        If labels are not whole numbers, or have another size than the image; if no nucleus is found.
+        If labels are not whole numbers, or negative, or have another size than the image; if no nucleus is found; if
+        `key_added` or a column of counts is taken by something that this function did not make.
 
     Warns
     -----
@@ -156,11 +158,18 @@ def segment_nuclei(
     """
     if not np.isfinite(diameter_um) or diameter_um <= 0:
         raise DataValueError(f"diameter_um={diameter_um!r} must be a positive number of µm")
+    if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
+        raise DataValueError(f"mpp={mpp!r} must be a positive number of µm per pixel")
+    if n_jobs is not None and n_jobs < 1:
+        raise DataValueError(f"n_jobs={n_jobs!r} must be at least 1")
     slide = resolve_slide(sdata, image_key=image_key)
     names = _Names(key_added)
+    spots = _spots(sdata, slide, shapes_key, table_key)
     if not copy:
         names.check_free(sdata)
-    spots = _spots(sdata, slide, shapes_key, table_key)
+        if spots is not None:
+            for column in (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW):
+                check_slot_free(spots.table.adata, "obs", column, maker="segment_nuclei", note=Keys.N_NUCLEI)
     source = _source(sdata, slide, method, diameter_um=diameter_um, mpp=mpp, model=model, device=device)
     nuclei = segment_slide(
         slide,
@@ -213,12 +222,7 @@ class _Names:
         """Raise if writing would replace anything that an earlier call has not made."""
         kinds = {self.shapes: "shapes", self.labels: "labels", self.table: "tables"}
         ours = self.table in sdata.tables and bool(read_record(sdata.tables[self.table], self.shapes))
-        for kind, name, _ in sdata.gen_elements():
-            if name in kinds and not (ours and kind == kinds[name]):
-                raise DataValueError(
-                    f"key_added={self.shapes!r} would replace {kind}[{name!r}], which segment_nuclei did not make; choose "
-                    f"another name, such as key_added='{self.shapes}_2'"
-                )
+        check_elements_free(sdata, kinds, key_added=self.shapes, maker="segment_nuclei", is_ours=lambda _: ours)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +284,7 @@ def _source(
     labels = _given_labels(sdata, slide, method)
     if labels is not None:
         return _from_labels(slide, labels, diameter_um, mpp)
-    working = mpp or max(WORKING_MPP, slide.mpp)
+    working = max(WORKING_MPP, slide.mpp) if mpp is None else mpp
     diameter_px = diameter_um / working
     if diameter_px < MIN_DIAMETER_PX:
         raise ScaleError(
@@ -449,7 +453,6 @@ def _write(
     with restored_on_error(sdata):
         for name in (names.table, names.labels, names.shapes):
             if name in sdata:
-                logger.info("segment_nuclei: %r is made anew", name)
                 del sdata[name]
         for name in (names.shapes, names.labels, names.table):
             if name in elements:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._keys import Keys
+from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.bridge import as_list
 from ..data.counts import counts_of, library_size
 from ..data.panel import Method, PanelSource, choose_panel
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table
+from ..data.transaction import restored_on_error
 from ..errors import MissingKeyError
+from ._free import check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -84,14 +87,15 @@ def select_genes(
     ``var[key_added]`` : bool
         whether a gene is to be predicted, in the table of every section;
     ``uns["hespotex"][key_added]``
-        arguments and the names of the sections.
+        arguments and the number of sections.
 
     Raises
     ------
     CountsError
         If the matrix does not hold raw counts, or a gene name occurs twice.
     DataValueError
-        If the panel is empty.
+        If the panel is empty; if a section has too few spots or counts for ``"hvg"``; if `key_added` is taken by
+        something that this function did not make, or is no legal key.
     MissingKeyError
         If `layer` or, for ``"svg"``, the graph is missing.
 
@@ -108,6 +112,10 @@ def select_genes(
     5
     """
     tables = [resolve_table(data, table_key=table_key) for data in as_list(sdatas)]
+    if not copy:
+        check_key(key_added)
+        for table in tables:
+            check_slot_free(table.adata, "var", key_added, maker="select_genes")
     graph_key = connectivity_key if method == "svg" else None
     sources = [
         source
@@ -127,15 +135,17 @@ def select_genes(
         "span": span,
         "layer": layer,
     }
-    for table in tables:
-        table.adata.var[key_added] = table.adata.var_names.isin(genes)
-        record(
-            table.adata,
-            key_added,
-            created_by="hespotex.pp.select_genes",
-            params={name: value for name, value in given.items() if value is not None},
-            n_sections=len(sources),
-        )
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(restored_on_error(table.adata))
+            table.adata.var[key_added] = table.adata.var_names.isin(genes)
+            record(
+                table.adata,
+                key_added,
+                created_by="hespotex.pp.select_genes",
+                params={name: value for name, value in given.items() if value is not None},
+                n_sections=len(sources),
+            )
     logger.info("chose %d genes (%s) from %d sections: var[%r]", len(genes), method, len(sources), key_added)
     return None
 

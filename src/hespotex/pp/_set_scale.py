@@ -61,7 +61,7 @@ def set_scale(
     from spatialdata.transformations import Affine, set_transformation
 
     given = mpp if mpp is not None else pitch_um
-    if (mpp is None) == (pitch_um is None):
+    if given is None or (mpp is not None and pitch_um is not None):
         raise ScaleError("give just one of mpp= (µm per pixel) and pitch_um= (distance of neighbouring spots in µm)")
     if not np.isfinite(given) or given <= 0:
         raise ScaleError(f"{'mpp' if mpp is not None else 'pitch_um'}={given!r} must be a positive number of µm")
@@ -69,7 +69,7 @@ def set_scale(
     level0_shape(sdata, key)
     maps = pixel_maps(sdata, key)
     if mpp is None:
-        mpp = pitch_um / _pitch_px(sdata, maps, shapes_key)
+        mpp = given / _pitch_px(sdata, maps, shapes_key)
     scale = np.diag([mpp, mpp, 1.0])
     for (kind, name), to_pixels in maps.items():
         affine = Affine(scale @ to_pixels, input_axes=("x", "y"), output_axes=("x", "y"))

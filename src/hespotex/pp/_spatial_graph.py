@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from .._keys import Keys
+from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.geometry import is_microns, shape_positions
 from ..data.lattice import detect_lattice
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table, row_positions
+from ..data.transaction import restored_on_error
 from ..errors import DataValueError, MissingKeyError
+from ._free import check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,7 +88,8 @@ def spatial_graph(
     MissingKeyError
         If there are no coordinates.
     DataValueError
-        If there are fewer than two observations, or fewer than neighbours asked for.
+        If there are fewer than two observations, or fewer than neighbours asked for; if `key_added` is taken by a
+        graph that this function did not make, or is no legal key.
 
     See Also
     --------
@@ -103,27 +106,37 @@ def spatial_graph(
     """
     table = resolve_table(data, table_key=table_key, shapes_key=shapes_key)
     adata = table.adata
+    connectivities_key, distances_key = f"{key_added}_connectivities", f"{key_added}_distances"
+    if not copy:
+        check_key(key_added)
+        for slot, key in (
+            ("obsp", connectivities_key),
+            ("obsp", distances_key),
+            ("uns", f"{key_added}_neighbors"),
+        ):
+            check_slot_free(adata, slot, key, maker="spatial_graph", note=connectivities_key)
     coordinates, unit = _coordinates(data, table, spatial_key)
     region = _regions(table, library_key)
     resolved, number = _resolve_kind(kind, n_neighs, coordinates, region)
     graph = _build(coordinates, region, resolved, number, fewer=n_neighs is None)
     if copy:
         return graph
-    connectivities_key, distances_key = f"{key_added}_connectivities", f"{key_added}_distances"
-    adata.obsp[connectivities_key] = graph.connectivities
-    adata.obsp[distances_key] = graph.distances
-    adata.uns[f"{key_added}_neighbors"] = {
-        "connectivities_key": connectivities_key,
-        "distances_key": distances_key,
-        "params": {"coord_type": "generic" if resolved == "knn" else "grid", "n_neighbors": number, "kind": resolved},
-    }
-    record(
-        adata,
-        connectivities_key,
-        created_by="hespotex.pp.spatial_graph",
-        params={"kind": resolved, "n_neighs": number},
-        distance_unit=unit,
-    )
+    coord_type = "generic" if resolved == "knn" else "grid"
+    with restored_on_error(adata):
+        adata.obsp[connectivities_key] = graph.connectivities
+        adata.obsp[distances_key] = graph.distances
+        adata.uns[f"{key_added}_neighbors"] = {
+            "connectivities_key": connectivities_key,
+            "distances_key": distances_key,
+            "params": {"coord_type": coord_type, "n_neighbors": number, "kind": resolved},
+        }
+        record(
+            adata,
+            connectivities_key,
+            created_by="hespotex.pp.spatial_graph",
+            params={"kind": resolved, "n_neighs": number},
+            distance_unit=unit,
+        )
     logger.info(
         "spatial_graph: %d edges of kind %r among %d observations; wrote obsp[%r] and obsp[%r]",
         *(graph.connectivities.nnz // 2, resolved, adata.n_obs, connectivities_key, distances_key),

@@ -89,7 +89,7 @@ def measure_regions(
     Parameters
     ----------
     labels
-        (h, w) whole numbers, any values; 0 is background.
+        (h, w) whole numbers, none negative; 0 is background.
     rgb
         The image, (h, w, 3) uint8.
     mpp
@@ -124,10 +124,9 @@ def measure_regions(
 def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, rising, and the image with them numbered 1…n."""
     names, inverse = np.unique(labels, return_inverse=True)
-    inverse = inverse.reshape(labels.shape).astype(np.int32)
-    if len(names) and names[0] == 0:
-        return names[1:].astype(np.int64), inverse
-    return names.astype(np.int64), inverse + 1
+    real = names != 0
+    number = np.where(real, np.cumsum(real), 0).astype(np.int32)
+    return names[real].astype(np.int64), number[inverse.reshape(labels.shape)]
 
 
 def _moments(labels: np.ndarray, count: int) -> dict[str, np.ndarray]:

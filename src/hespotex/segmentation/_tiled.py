@@ -20,6 +20,7 @@ from .._settings import settings
 from ..errors import DataTypeError, DataValueError, HespotexWarning
 from ..image.stream import Block, WorkingGrid, iter_blocks, working_grid
 from ._outline import Regions, measure_regions
+from .labels import check_numbers
 
 if TYPE_CHECKING:
     import zarr
@@ -125,17 +126,18 @@ def rasterise(nuclei: Nuclei) -> zarr.Array:
     import zarr
 
     height, width = nuclei.grid.shape
+    dtype = np.int32 if nuclei.ids.max(initial=0) <= np.iinfo(np.int32).max else np.int64
     raster = zarr.create_array(
         zarr.storage.MemoryStore(),
         shape=(height, width),
         chunks=(min(_CHUNK_PX, height), min(_CHUNK_PX, width)),
-        dtype="int32",
+        dtype=dtype,
         fill_value=0,
     )
     top, left, bottom, right = nuclei.regions.boxes.T
     for start in range(0, height, _CHUNK_PX):
         stop = min(start + _CHUNK_PX, height)
-        strip = np.zeros((stop - start, width), dtype=np.int32)
+        strip = np.zeros((stop - start, width), dtype=dtype)
         for row in np.flatnonzero((top < stop) & (bottom > start)):
             upper, lower = max(top[row], start), min(bottom[row], stop)
             near, far = max(left[row], 0), min(right[row], width)
@@ -156,7 +158,7 @@ def _segment_block(block: Block, backend: Backend) -> tuple[Regions, int]:
         )
     if labels.dtype.kind not in "iu":
         raise DataTypeError(f"the segmenter returned {labels.dtype}; labels are whole numbers, 0 for background")
-    labels = _on_grid(labels, block)
+    labels = _on_grid(check_numbers(labels, "the segmenter's label image"), block)
     origin = (block.y - block.halo_px, block.x - block.halo_px)
     regions = measure_regions(labels, block.pixels, block.grid.mpp, block.core, origin)
     window = np.array([*origin, origin[0] + labels.shape[0], origin[1] + labels.shape[1]])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import DataTypeError, DataValueError, MissingKeyError
 
-__all__ = ["check_labels", "load_labels"]
+__all__ = ["check_labels", "check_numbers", "load_labels"]
 
 
 def load_labels(path: str | os.PathLike[str]) -> np.ndarray:
@@ -43,12 +43,14 @@ def load_labels(path: str | os.PathLike[str]) -> np.ndarray:
 def check_labels(labels: Any, what: str) -> Any:
     """Raise unless `labels` is an (h, w) array of whole numbers; boolean masks do not tell nuclei apart.
 
+    The numbers of a lazy array are not looked at here, but block by block where it is read.
+
     Raises
     ------
     DataTypeError
         If it is no array, or of floats or booleans.
     DataValueError
-        If it has not two axes.
+        If it has not two axes, or a number is negative.
     """
     if not hasattr(labels, "dtype") or not hasattr(labels, "shape"):
         raise DataTypeError(f"{what} must be a label image, got {type(labels).__name__}")
@@ -61,4 +63,25 @@ def check_labels(labels: Any, what: str) -> Any:
         raise DataTypeError(f"{what} must hold whole numbers, 0 for background, got {labels.dtype}; {advice}")
     if len(labels.shape) != 2:
         raise DataValueError(f"{what} must have two axes (y, x), got shape {tuple(labels.shape)}")
+    return check_numbers(labels, what) if isinstance(labels, np.ndarray) else labels
+
+
+def check_numbers(labels: np.ndarray, what: str) -> np.ndarray:
+    """Raise if a label is negative, which is neither background nor a nucleus, or too large for an id.
+
+    Raises
+    ------
+    DataValueError
+        Naming the label and what to do.
+    """
+    if labels.size and labels.dtype.kind == "i" and (lowest := labels.min()) < 0:
+        raise DataValueError(
+            f"{what} holds the negative label {lowest}; nuclei have positive numbers and 0 is background: set what is "
+            "no nucleus to 0, labels[labels < 0] = 0"
+        )
+    if labels.size and labels.dtype == np.uint64 and (highest := labels.max()) > np.iinfo(np.int64).max:
+        raise DataValueError(
+            f"{what} holds the label {highest}, too large for an id; number the nuclei anew, for instance with "
+            "skimage.segmentation.relabel_sequential"
+        )
     return labels
