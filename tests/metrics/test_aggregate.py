@@ -134,3 +134,24 @@ def test_bad_tables():
         m.aggregate(table[["model", "patient", "section", "gene"]])
     with pytest.raises(DataValueError, match="level='gene'"):
         m.aggregate(table, level="gene")
+
+
+def test_interval_of_the_mean_from_the_errors_of_sections():
+    rows = [("A", "a", 0.2, 0.03), ("A", "b", 0.4, 0.04), ("B", "c", 0.6, 0.05)]
+    table = pd.DataFrame(rows, columns=["patient", "section", "pearson", "pearson_se"]).assign(model="m", gene="G")
+    patients = m.aggregate(table, metrics=["pearson"], level="patient").set_index("patient")
+    half = 1.959964 * 0.05 / 2  # two sections: √(0.03² + 0.04²) / 2
+    assert patients.loc["A", ["pearson_lower", "pearson_upper"]].tolist() == pytest.approx([0.3 - half, 0.3 + half])
+    with pytest.warns(HespotexWarning):
+        cohort = m.aggregate(table, metrics=["pearson"]).iloc[0]
+    half = 1.959964 * np.hypot(0.025, 0.05) / 2
+    assert [cohort["pearson_lower"], cohort["pearson_upper"]] == pytest.approx([0.45 - half, 0.45 + half])
+
+
+def test_the_ceiling_is_that_of_the_genes_and_sections_that_were_scored():
+    """Where every fold has a panel of its own, a gene of one fold must not count like one of all."""
+    rows = [("A", "a", "G", 0.5), ("B", "b", "G", 0.5), ("B", "b", "H", 0.0)]
+    table = pd.DataFrame(rows, columns=["patient", "section", "gene", "split_half"]).assign(model="m", pearson=0.1)
+    with pytest.warns(HespotexWarning):
+        result = m.aggregate(table, metrics=["pearson"]).iloc[0]
+    assert result["ceiling"] == pytest.approx((np.sqrt(2 / 3) + (np.sqrt(2 / 3) + 0) / 2) / 2)

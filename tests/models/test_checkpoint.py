@@ -13,7 +13,18 @@ from hespotex.errors import CheckpointError, DataValueError
 from hespotex.models import Recipe, Run
 from hespotex.models._checkpoint import FORMAT, _digest
 
-OPTIONS = {"mlp": {"hidden": [8], "max_epochs": 2}, "ridge": {"penalties": [0.1, 1.0]}}
+OPTIONS = {
+    "hespotex": {
+        "context": 0,
+        "graph": "legacy",
+        "gate_graph": "legacy",
+        "epochs": 1,
+        "gate_epochs": 1,
+        "n_members": 1,
+    },
+    "mlp": {"hidden": [8], "max_epochs": 2},
+    "ridge": {"penalties": [0.1, 1.0]},
+}
 
 
 @pytest.fixture
@@ -28,7 +39,7 @@ def reseal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["ridge", "mlp", "knn", "mean"])
+@pytest.mark.parametrize("name", ["ridge", "mlp", "knn", "mean", "hespotex"])
 def test_round_trip_is_bit_identical(name, make_planted, trio, tmp_path):
     model = models.create(name, **OPTIONS.get(name, {})).fit(trio, Run(seed=3, device="cpu"))
     model.recipe = Recipe(
@@ -174,7 +185,7 @@ def test_resealed_json_of_another_shape(saved, file):
         models.load(saved)
 
 
-@pytest.mark.parametrize("name", ["ridge", "mlp", "knn", "mean"])
+@pytest.mark.parametrize("name", ["ridge", "mlp", "knn", "mean", "hespotex"])
 def test_arrays_that_do_not_fit_the_recipe(name, trio, tmp_path):
     folder = models.create(name, **OPTIONS.get(name, {})).fit(trio, Run(device="cpu")).save(tmp_path / "model")
     recipe = json.loads((folder / "recipe.json").read_text())

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pytest
 from scipy import sparse
 
 from hespotex.data.section import Targets
-from hespotex.errors import DataValueError, ModelMismatchError
+from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Run, create, load
 from hespotex.models.hespotex import HESpotEx, HESpotExConfig
 from hespotex.models.hespotex.inputs import Inputs
 from hespotex.models.hespotex.linear import KernelFeatures, Regression
 from hespotex.models.hespotex.targets import TargetSpace
+from hespotex.models.nn.decoder import ImageStream
+from hespotex.models.nn.gate import GATE
 
 RUN = Run(seed=0, device="cpu")
 QUICK = {"epochs": 2, "gate_epochs": 1, "n_members": 2}
@@ -118,7 +121,8 @@ def replace_rows(section, rows):
 def test_one_spot_can_be_predicted(sections):
     model = create("hespotex", **QUICK).fit(sections[:2], RUN)
     one = replace_rows(sections[3], np.array([4]))
-    assert np.isfinite(model.predict(one).mean).all()
+    with pytest.warns(HespotexWarning, match="1 observations"):
+        assert np.isfinite(model.predict(one).mean).all()
 
 
 def test_features_that_are_not_finite_are_an_error(sections):
@@ -218,10 +222,64 @@ def test_regression_finds_a_linear_law_and_a_small_rank(sections):
     weights = rng.normal(size=(5, 2)).astype(np.float32)
     targets = [x @ weights + 1 for x in features]
     space = TargetSpace(np.zeros(2, np.float32), np.ones(2, np.float32), None)
-    regression, rank = Regression.fit(sections, features, targets, [], space, [])
+    regression, rank, score = Regression.fit(sections, features, targets, [], space, [])
     assert rank == 2
     predicted = regression(features[0])
     assert all(np.corrcoef(predicted[:, i], targets[0][:, i])[0, 1] > 0.99 for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "call", "message", "kept"),
+    [
+        ({"preset": "paper"}, GATE, 5, "expression stream was interrupted in epoch 5", (4, 0)),  # one section per epoch
+        ({"preset": "paper"}, ImageStream, 4, "image stream was interrupted in epoch 2", (6, 2)),
+        ({}, GATE, 4, "expression stream was interrupted in epoch 2", (2, 0)),
+        ({}, ImageStream, 6, "image stream was interrupted in epoch 3", (6, 4)),
+        ({"stopping": "inner"}, ImageStream, 5, "image stream, inner fold 2 was interrupted in epoch 2", (6, 4)),
+    ],
+    ids=["paper, expression", "paper, image", "expression", "image", "inner fold"],
+)
+def test_a_fit_interrupted_in_either_stage_ends_as_an_uninterrupted_one(
+    sections, tmp_path, monkeypatch, options, part, call, message, kept
+):
+    """The training calls of both networks that lie in finished epochs, `kept`, are not made again."""
+    calls = {GATE: 0, ImageStream: 0}
+    stop_at = None
+
+    def counted(kind, forward):
+        def inner(self, *args, **kwargs):
+            calls[kind] += self.training
+            if kind is part and calls[kind] == stop_at:
+                raise KeyboardInterrupt
+            return forward(self, *args, **kwargs)
+
+        return inner
+
+    def fit(model, run):
+        calls.update(dict.fromkeys(calls, 0))
+        model.fit(sections[:2], run)
+        return model, tuple(calls.values())
+
+    def new():
+        small = {"gate_hidden": 16, "width": 8, "head_width": 16, "n_members": 1}
+        return create("hespotex", **{"gate_epochs": 3, "epochs": 3, **small, **options})
+
+    for kind in calls:
+        monkeypatch.setattr(kind, "forward", counted(kind, kind.forward))
+    monkeypatch.setattr("hespotex.models._training._SAVE_EVERY", 0)
+    run = Run(seed=0, device="cpu", checkpoint_dir=tmp_path)
+    expected, made = fit(new(), RUN)
+    stop_at, stopped = call, new()
+    with pytest.raises(KeyboardInterrupt, match=f"{message}; .*the same call goes on"):
+        fit(stopped, run)
+    assert not stopped.is_fitted
+    stop_at = None
+    resumed, made_again = fit(new(), run)
+    assert made_again == (made[0] - kept[0], made[1] - kept[1])
+    assert resumed.history == expected.history
+    assert joblib.hash(resumed.state()) == joblib.hash(expected.state())
+    assert np.array_equal(resumed.predict(sections[3]).mean, expected.predict(sections[3]).mean)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_fit_leaves_no_files_behind_when_it_is_done(sections, tmp_path):
@@ -229,3 +287,49 @@ def test_an_interrupted_fit_leaves_no_files_behind_when_it_is_done(sections, tmp
     kept = create("hespotex", **QUICK).fit(sections[:2], run).predict(sections[3]).mean
     assert list(tmp_path.iterdir()) == []
     assert np.array_equal(kept, create("hespotex", **QUICK).fit(sections[:2], RUN).predict(sections[3]).mean)
+
+
+def with_features(section, features):
+    return replace(section, features=np.asarray(features, dtype=np.float32))
+
+
+def test_features_that_never_vary_still_give_a_prediction(sections):
+    flat = [with_features(section, np.full((section.n_obs, 5), 3.3)) for section in sections]
+    model = create("hespotex", **QUICK).fit(flat[:2], RUN)
+    assert np.isfinite(model.predict(flat[2]).mean).all()
+
+
+def test_a_feature_of_great_size_does_not_silence_the_others(sections):
+    shifted = [
+        with_features(section, np.column_stack([section.features, np.random.default_rng(i).normal(3e6, 1e6, 100)]))
+        for i, section in enumerate(sections)
+    ]
+    inputs = Inputs.fit(HESpotExConfig(context=0), shifted)
+    assert (inputs.scale > 0).all()
+    constant = [with_features(section, np.column_stack([section.features, np.full(100, 0.1)])) for section in sections]
+    assert np.flatnonzero(Inputs.fit(HESpotExConfig(context=0), constant).scale == 0).tolist() == [12]
+
+
+@pytest.mark.parametrize("stage", ["spot_embeddings", "fit_image_stream"])
+def test_an_interrupted_fit_leaves_an_unfitted_model(sections, monkeypatch, stage, tmp_path):
+    model = create("hespotex", **QUICK).fit(sections[:2], RUN)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hespotex.models.hespotex.model.{stage}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(sections[:3], RUN)
+    assert not model.is_fitted
+    with pytest.raises(ModelMismatchError, match="not fitted"):
+        model.predict(sections[3])
+    with pytest.raises(DataValueError, match="not fitted"):
+        model.save(tmp_path / "model")
+    assert model.fit(sections[:2], RUN).is_fitted
+
+
+def test_so_few_observations_that_they_are_no_reference_are_warned_about(sections):
+    model = create("hespotex", **QUICK).fit(sections[:2], RUN)
+    with pytest.warns(HespotexWarning, match="12 observations"):
+        assert np.isfinite(model.predict(replace_rows(sections[3], np.arange(12))).mean).all()

@@ -1,25 +1,33 @@
 """The statements of HESpotEx's faithfulness checklist that concern the whole model; the others stand beside the parts.
 
-01–06, 11–19, 21, 22 on the networks: ``nn/``. 07 and 08: ``pp/test_select_genes.py``. 09: ``image/test_patches.py``.
-10: ``encoders/test_open_clip.py``. 25: ``metrics/test_scores.py``.
+01–06, 11–19, 21, 22 on the networks: ``nn/``. 07 and 08, through ``pp``: ``pp/test_select_genes.py``.
+09: ``image/test_patches.py``. 10: ``encoders/test_open_clip.py``. 24: ``tl/test_train_predict.py``.
+25: ``metrics/test_scores.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
+from hespotex.data.panel import PanelSource, choose_panel
 from hespotex.data.section import Targets
+from hespotex.data.splits import Fold
 from hespotex.data.units import normalize
 from hespotex.models import Run, create
 from hespotex.models.hespotex import HESpotEx
+from hespotex.models.hespotex import model as model_module
 from hespotex.models.hespotex.expression import spot_embeddings
 from hespotex.models.hespotex.inputs import gate_edges
 from hespotex.models.nn.gate import GATE
 from hespotex.models.nn.graphs import edge_index, nearest
+from hespotex.tl._cross_validate import _choose
+from hespotex.tl._protocol import cross_validate_sections
 
 RUN = Run(seed=0, device="cpu")
 QUICK = {"gate_epochs": 2, "epochs": 2}
@@ -192,35 +200,104 @@ def test_checklist_22_blocks_and_whole_agree(sections, preset):
 
 
 def scrambled(section):
-    """The section with noise in place of its counts."""
-    targets = section.targets
-    noise = np.random.default_rng(5).poisson(50, size=targets.shape)
+    """The section with noise in place of its counts, some genes absent."""
+    targets, rng = section.targets, np.random.default_rng(5)
+    noise = rng.poisson(rng.gamma(0.5, 20, size=targets.shape[1]), size=targets.shape)
+    noise[:, ::5] = 0
     return replace(section, targets=Targets(noise, noise.sum(1) + 1.0, targets.genes, targets.unit))
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
-def test_checklist_23_counts_of_the_section_to_be_predicted_change_nothing(sections, preset):
-    """Leave one out: the held-out section is no argument of ``fit``, and its counts reach no prediction."""
-    predictions, states = [], []
-    for held_out in (sections[2], scrambled(sections[2])):
-        training = [section for section in (*sections[:2], held_out) if section is not held_out]
-        model = create("hespotex", preset=preset, **QUICK).fit(training, RUN)
-        predictions.append(model.predict(held_out).mean)
-        states.append(model.state()[0])
-    assert np.array_equal(*predictions)
-    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+@pytest.fixture(scope="module")
+def cohort(make_section):
+    return [make_section(f"s{i}", seed=i, n_genes=24) for i in range(3)]
 
 
-def test_checklist_23_the_same_test_fails_where_the_section_takes_part_in_stage_one(sections):
-    """As published: the expression stream sees the section to be predicted, and later targets depend on it."""
-    states = []
-    for held_out in (sections[2], scrambled(sections[2])):
-        states.append(networks(paper().fit([held_out, *sections[:2]], RUN)))
-    assert any(not np.array_equal(states[0][name], states[1][name]) for name in states[0])
+@pytest.fixture
+def fold_result(monkeypatch):
+    """All that a fold fits on training sections, the first section being the one that is predicted."""
+
+    def fit(sections, train, **options):
+        streams = []
+
+        def recording(config, pairs, run, *, gate):
+            embeddings, fitted = spot_embeddings(config, pairs, run, gate=gate)
+            weights = {name: tensor.numpy().copy() for name, tensor in gate.state_dict().items()}
+            spots = [embedding.numpy().copy() for embedding in embeddings[-2:]]
+            streams.append({"gate": weights, "spots": spots, "losses": fitted.history})
+            return embeddings, fitted
+
+        monkeypatch.setattr(model_module, "spot_embeddings", recording)
+        result = cross_validate_sections(
+            sections,
+            {"hespotex": lambda: create("hespotex", **options)},
+            [Fold("first", np.array(train), np.array([0]))],
+            panel=lambda training: _choose(training, "hvg", 8),
+            unit="log1p_cpm_panel",
+            run=RUN,
+            nulls=False,
+        )
+        (fold,), (stream,) = result.folds, streams
+        model = fold.models["hespotex"]
+        return {
+            "panel": fold.genes,
+            **stream,
+            "state": model.state(),
+            "epochs": [row for row in model.history if "mse" in row],
+            "prediction": result.predictions["hespotex", 0].mean,
+        }
+
+    return fit
 
 
-def test_checklist_24_genes_come_in_the_order_of_the_model(sections):
-    assert paper().fit(sections[:1], RUN).predict(sections[2]).genes == sections[0].targets.genes
+HELD_OUT = [
+    {"preset": "default", **QUICK, "epochs": 3, "stopping": "inner", "n_members": 1, "width": 16, "head_width": 16},
+    {"preset": "paper", **QUICK},
+]
+
+
+def differing(one, other):
+    """Names of the parts that are not equal in every bit."""
+    return {name for name in one if joblib.hash(one[name]) != joblib.hash(other[name])}
+
+
+@pytest.mark.parametrize("options", HELD_OUT, ids=["default, inner stopping", "paper"])
+def test_checklist_23_counts_of_the_section_to_be_predicted_change_nothing(cohort, fold_result, options):
+    """Panel, expression stream, chosen epochs, fitted state and prediction of a fold, in every bit."""
+    held_out, *training = cohort
+    clean = fold_result(cohort, [1, 2], **options)
+    assert differing(clean, fold_result([scrambled(held_out), *training], [1, 2], **options)) == set()
+    assert len(clean["panel"]) < 24
+    if options["preset"] == "default":
+        assert all("val_mse" in row for row in clean["epochs"])
+
+
+@pytest.mark.parametrize("options", HELD_OUT, ids=["default, inner stopping", "paper"])
+def test_checklist_23_the_same_test_fails_where_the_section_takes_part_in_the_fit(cohort, fold_result, options):
+    """As published, panel and expression stream see it: then even the spot embeddings of *others* depend on it."""
+    results = [
+        fold_result([*cohort, replace(seen, name="again")], [3, 1, 2], **options)
+        for seen in (cohort[0], scrambled(cohort[0]))
+    ]
+    assert differing(*results) == set(results[0])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["panel_small", "panel_small_span08", "panel_1000_spots", "panel_all_genes"])
+def test_checklist_08_genes_of_each_slide_and_their_union_are_the_published(golden, name):
+    recorded = golden(name)
+    options = {"n_top": int(recorded["n_top"]), "span": 0.8 if name.endswith("span08") else 0.3}
+    sources = [
+        PanelSource(sparse.csr_array(recorded[f"counts_slide{slide}"].astype(np.int32)), tuple(recorded["genes"]))
+        for slide in (1, 2, 3)
+    ]
+    for slide, source in zip((1, 2, 3), sources, strict=True):
+        assert choose_panel([source], min_spots=0, **options) == tuple(recorded[f"hvg_slide{slide}"])
+    assert choose_panel(sources, min_spots=0, **options) == tuple(recorded["hvg_union"])
+    panel = choose_panel(sources, min_spots=int(recorded["min_spots_total"]), **options)
+    assert panel == tuple(recorded["panel"])
+    for slide, source in zip((1, 2, 3), sources, strict=True):
+        targets = Targets(source.columns(panel).tocsr(), source.total, panel, "log1p_cpm_panel")
+        np.testing.assert_allclose(targets[:], recorded[f"X_slide{slide}"], atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])

@@ -156,7 +156,7 @@ def test_interrupted_fit_ends_as_an_uninterrupted_one(items, tmp_path, monkeypat
     assert fit_lightning(finished, items[:3], run, **options).history == expected.history
     assert finished.steps == []
     assert same(finished, reference)
-    forget_checkpoints(run)
+    forget_checkpoints(fit)
     assert not list((tmp_path / "states").iterdir())
 
 
@@ -189,7 +189,7 @@ def test_without_a_folder_the_message_says_what_would_have_helped(items, monkeyp
         fit_lightning(Regression(), items, CPU, max_epochs=3)
 
 
-@pytest.mark.parametrize("change", ["data", "weights", "option", "seed"])
+@pytest.mark.parametrize("change", ["data", "weights", "option", "optimiser", "dropout", "precision", "seed"])
 def test_a_state_of_another_fit_is_not_taken_up(items, tmp_path, monkeypatch, change):
     monkeypatch.setattr("hespotex.models._training._SAVE_EVERY", 0)
     run = Run(seed=3, device="cpu", checkpoint_dir=tmp_path)
@@ -202,6 +202,12 @@ def test_a_state_of_another_fit_is_not_taken_up(items, tmp_path, monkeypatch, ch
             module.net[1].weight[0, 0] += 1e-6
     elif change == "option":
         epochs = 3
+    elif change == "optimiser":
+        module = Regression(lr=0.2)
+    elif change == "dropout":
+        module.net[0].p = 0.1
+    elif change == "precision":
+        run = Run(seed=3, device="cpu", precision="bf16-mixed", checkpoint_dir=tmp_path)
     else:
         run = Run(seed=4, device="cpu", checkpoint_dir=tmp_path)
     fit_lightning(module, changed, run, max_epochs=epochs)
@@ -235,13 +241,13 @@ def test_states_are_never_unpickled(items, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_only_states_of_the_named_fit_are_forgotten(items, tmp_path):
+def test_only_the_state_of_the_fit_given_is_forgotten(items, tmp_path):
     run = Run(device="cpu", checkpoint_dir=tmp_path)
-    fit_lightning(Regression(), items, run, max_epochs=1, name="first")
-    fit_lightning(Regression(), items, run, max_epochs=1, name="second")
-    (tmp_path / "notes.txt").write_text("mine")
-    forget_checkpoints(run, "first")
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["notes.txt", "second"]
+    first = fit_lightning(Regression(), items, run, max_epochs=1)
+    second = fit_lightning(Regression(), items, run, max_epochs=2)
+    forget_checkpoints(first)
+    assert list(tmp_path.iterdir()) == [second.checkpoint]
+    forget_checkpoints(fit_lightning(Regression(), items, CPU, max_epochs=1))  # kept no state
 
 
 def test_other_forms_of_items(items):

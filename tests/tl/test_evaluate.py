@@ -214,3 +214,60 @@ def test_scores_survive_writing(tmp_path):
     back = ad.read_h5ad(tmp_path / "a.h5ad")
     np.testing.assert_array_equal(back.var["toy_pearson"], adata.var["toy_pearson"])
     assert back.uns["hespotex"]["toy_evaluation"]["unit"] == "log1p_cp10k"
+
+
+def predicted_by(adata: ad.AnnData, sections: list[str], patients: list[str]) -> ad.AnnData:
+    predict(adata)
+    adata.uns["hespotex"]["toy"] |= {"training_sections": sections, "training_patients": patients}
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("sections", "patients", "words"),
+    [
+        (["B", "C"], ["Q", "R"], "a patient not in training"),
+        (["B", "C"], ["Q", "P"], "another section of a training patient"),
+        (["section0"], ["section0"], ""),  # trained on sections whose patients nobody noted
+    ],
+)
+def test_how_the_section_stands_to_the_training_is_said(sections, patients, words):
+    adata = predicted_by(section("A", "P", 0), sections, patients)
+    assert hx.tl.evaluate(adata, copy=True).attrs["protocol"] == words
+    hx.tl.evaluate(adata)
+    assert adata.uns["hespotex"]["toy"]["protocol"] == words
+
+
+def test_scores_on_a_training_section_are_warned_about():
+    adata = predicted_by(section("A", "P", 0), ["A", "B"], ["P", "Q"])
+    with pytest.warns(HespotexWarning, match="how well it fits"):
+        table = hx.tl.evaluate(adata, copy=True)
+    assert table.attrs["protocol"] == "a training section"
+
+
+def test_a_second_copy_of_the_evaluated_section_is_no_reference():
+    adata = section("A", "P", 0)
+    predict(adata)
+    with pytest.raises(LeakageError, match="among the training"):
+        hx.tl.evaluate(adata, reference=[section("A", "P", 0), section("B", "P", 1)])
+
+
+def test_no_positions_no_null_of_position():
+    test, train = section("A", "P", 0), section("B", "P", 1)
+    predict(test)
+    for adata in (test, train):
+        del adata.obsm["spatial"], adata.obs["array_row"], adata.obs["array_col"]
+    models = set(hx.tl.evaluate(test, reference=train, copy=True)["model"])
+    assert "null_sibling_mean" in models
+    assert "null_coordinate" not in models
+
+
+def test_the_error_of_the_mean_is_that_of_spatial_blocks():
+    adata = section("A", "P", 0, side=16)
+    predict(adata, noise=2.0)
+    near = hx.tl.evaluate(adata, nulls=False, copy=True)["pearson_se"].unique()
+    assert near.shape == (1,)
+    assert 0.005 < near[0] < 0.1
+    alone = section("A", "P", 0, side=2)
+    predict(alone)
+    alone.obsm["spatial"] = np.zeros((4, 2))
+    assert hx.tl.evaluate(alone, nulls=False, copy=True)["pearson_se"].isna().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -55,7 +57,7 @@ def test_the_prediction_of_all_genes_is_a_layer_in_the_order_of_the_table(embedd
     subset = test["table"][:, sorted(shared, reverse=True)].copy()
     test["table"] = subset
     hx.tl.predict(test, model)
-    by_name = dict(zip(model.genes, model.predict(hx.data.bridge.sections_from(test)[0]).mean.T, strict=True))
+    by_name = dict(zip(model.genes, model.predict(hx.data.bridge.views_of(test)[0].section).mean.T, strict=True))
     for column, gene in enumerate(subset.var_names):
         np.testing.assert_array_equal(subset.layers["ridge"][:, column], by_name[gene])
 
@@ -199,6 +201,32 @@ def test_everything_survives_a_zarr_round_trip(embedded, tmp_path):
     np.testing.assert_array_equal(after.layers["measured"], before.layers["measured"])
     assert list(after.var_names) == list(before.var_names)
     assert hx.tl.predict(back, copy=True).shape == before.shape  # attrs still name the model
+
+
+@pytest.mark.parametrize("chosen", ["given", "selected"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_checklist_24_genes_come_in_the_stored_order_and_that_of_the_tables_is_nothing(embedded, preset, chosen):
+    for sdata in embedded:
+        hx.pp.spatial_graph(sdata)
+        sdata["table"].obs[Keys.N_NUCLEI_WINDOW] = np.arange(sdata["table"].n_obs) % 13 + 1
+    panel = {"genes": genes_of(embedded[0])[::-1]} if chosen == "given" else {"n_top_genes": 12}
+    small = {"epochs": 2, "gate_epochs": 2, "width": 16, "head_width": 16, "n_members": 1}
+    rng = np.random.default_rng(0)
+    results = []
+    for _ in ("as they are", "permuted"):
+        config = replace(hx.models.create("hespotex", preset=preset).config, **small)
+        model = hx.tl.train(embedded[:2], "hespotex", config=config, device="cpu", **panel)
+        result = hx.tl.predict(embedded[2], model, copy=True, device="cpu")
+        assert tuple(result.var_names) == model.genes
+        results.append(result)
+        for sdata in embedded:
+            sdata["table"] = sdata["table"][:, rng.permutation(sdata["table"].n_vars)].copy()
+    first, permuted = results
+    expected = panel["genes"] if chosen == "given" else sorted(first.var_names)
+    assert list(first.var_names) == list(permuted.var_names) == expected
+    assert np.ptp(first.X, axis=0).min() > 0
+    np.testing.assert_allclose(permuted.X, first.X, atol=1e-5)
+    np.testing.assert_array_equal(permuted.layers["measured"], first.layers["measured"])
 
 
 def test_the_missing_step_is_named(patients):

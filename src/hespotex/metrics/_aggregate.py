@@ -21,6 +21,8 @@ __all__ = ["MIN_PATIENTS", "MIN_SPOTS", "aggregate"]
 MIN_SPOTS: Final = 20  # a section with fewer is reported but not averaged
 MIN_PATIENTS: Final = 3  # a cohort mean over fewer comes with a warning
 _DISTRIBUTION: Final = ("pearson", "spearman")  # metrics whose spread over genes is shown
+ERROR: Final = "pearson_se"  # of the mean correlation of a section, from bootstrapped spatial blocks
+_NORMAL: Final = 1.959964  # quantile of the normal distribution that leaves 2.5 % above
 _QUANTILES: Final = {"median": 0.5, "q05": 0.05, "q25": 0.25, "q75": 0.75, "q95": 0.95}
 
 
@@ -40,7 +42,7 @@ def aggregate(
     table
         Scores of :func:`hespotex.tl.cross_validate`, :func:`hespotex.tl.evaluate` or :func:`score`: one row per gene and
         section, with ``section``, ``patient``, ``gene`` and the columns of `by`. Further read where there:
-        ``n_spots``, ``undefined``, ``flat``, ``split_half``.
+        ``n_spots``, ``undefined``, ``flat``, ``split_half``, ``pearson_se``.
     metrics
         Columns to average; all known metrics by default.
     by
@@ -57,6 +59,8 @@ def aggregate(
     One row per entry of `by` (and patient, section), with
 
     - each metric: its mean; NaN (undefined) genes are left out and counted in ``n_undefined``;
+    - ``pearson_lower`` and ``pearson_upper``, where ``pearson_se`` was scored: 95 % interval of the mean r from spatial blocks,
+      that is for these sections and not for other patients;
     - for correlations: ``_median``, ``_q05`` … ``_q95``, ``_positive`` (share of genes above 0); at the level of the
       cohort, ``_sd`` over patients and, from three patients on, ``_above_zero``: share of genes whose 95 %
       interval over bootstrapped patients lies above 0;
@@ -98,7 +102,7 @@ def aggregate(
 
     sections = _per_section(table, metrics, [*by, "patient", "section"])
     if level == "section":
-        return sections.reset_index()
+        return _with_interval(sections).reset_index()
     small = sections["n_spots"] < min_spots if "n_spots" in sections else pd.Series(data=False, index=sections.index)
     if small.any():
         names = sorted(set(sections.index.get_level_values("section")[small]))
@@ -108,11 +112,13 @@ def aggregate(
             stacklevel=2,
         )
     kept = sections[~small]
-    values = [name for name in sections if not name.startswith("n_")]
+    values = [name for name in sections if not name.startswith("n_") and name != ERROR]
     counts = [name for name in ("n_undefined", "n_flat") if name in sections]
     per_patient = kept.groupby([*by, "patient"], sort=False, observed=True)
     patients = per_patient[values].mean().join(per_patient[counts].sum())
     patients["n_sections"] = per_patient.size()
+    if ERROR in sections:  # sections are drawn apart, so that variances add
+        patients[ERROR] = per_patient[ERROR].agg(_error_of_mean)
     keys = [*by, "patient"] if level == "patient" else by
     if level == "patient":
         result = patients
@@ -121,6 +127,8 @@ def aggregate(
         result = cohort[values].mean().join(cohort[[*counts, "n_sections"]].sum())
         for name in metrics:
             result[f"{name}_sd"] = cohort[name].std()
+        if ERROR in patients:
+            result[ERROR] = cohort[ERROR].agg(_error_of_mean)
         result["n_patients"] = cohort.size()
     result["n_small"] = small.groupby(keys, sort=False, observed=True).sum().reindex(result.index).fillna(0).astype(int)
 
@@ -132,18 +140,27 @@ def aggregate(
     )
     result["n_genes"] = result["n_genes"].astype(int)
     if "split_half" in table:
-        # Averaged over sections before the root: less biased than a root per section.
-        half = scores.groupby([*by, "patient", "gene"], sort=False, observed=True)["split_half"].mean()
-        half = half.groupby([*keys, "gene"], sort=False, observed=True).mean()
-        genes = half.pipe(lambda series: pd.Series(reliable(series.to_numpy()), index=series.index))
-        result["ceiling"] = genes.groupby(keys, sort=False, observed=True).mean()
+        result["ceiling"] = _ceiling(scores, by, keys).reindex(result.index)
         if "pearson" in result:
             result["pearson_of_ceiling"] = result["pearson"] / result["ceiling"].where(result["ceiling"] > 0)
     if level == "cohort":
         _check_patients(result["n_patients"])
         for name in (name for name in _DISTRIBUTION if name in metrics):
             result[f"{name}_above_zero"] = _above_zero(scores, name, by, seed).reindex(result.index)
-    return result.reset_index()
+    return _with_interval(result).reset_index()
+
+
+def _error_of_mean(errors: pd.Series) -> float:
+    return float(np.sqrt((errors**2).sum(skipna=False)) / len(errors))
+
+
+def _with_interval(result: pd.DataFrame) -> pd.DataFrame:
+    if ERROR not in result or "pearson" not in result:
+        return result
+    half = _NORMAL * result[ERROR]
+    return result.drop(columns=ERROR).assign(
+        pearson_lower=result["pearson"] - half, pearson_upper=result["pearson"] + half
+    )
 
 
 def _undefined(scores: pd.DataFrame, metrics: Sequence[str]) -> pd.Series:
@@ -176,11 +193,27 @@ def _per_section(table: pd.DataFrame, metrics: Sequence[str], keys: list[str]) -
     of_row = [scores[key] for key in keys]
     result["n_undefined"] = undefined.astype(int).groupby(of_row, sort=False, observed=True).sum()
     result["n_genes"] = grouped.size() - result["n_undefined"]
+    if ERROR in table:
+        result[ERROR] = grouped[ERROR].first()
     if "flat" in table:
         result["n_flat"] = scores["flat"].astype(int).groupby(of_row, sort=False, observed=True).sum()
     if "n_spots" in table:
         result["n_spots"] = grouped["n_spots"].first()
     return result
+
+
+def _ceiling(scores: pd.DataFrame, by: list[str], keys: list[str]) -> pd.Series:
+    """Ceiling of the mean correlation, averaged over the same genes of the same sections as the correlation."""
+    # Split-half correlations are averaged over sections before the root: less biased than a root per section.
+    half = scores.groupby([*by, "patient", "gene"], sort=False, observed=True)["split_half"].mean()
+    half = half.groupby([*keys, "gene"], sort=False, observed=True).mean()
+    genes = reliable(half.to_numpy(dtype=np.float64))
+    scores = scores.join(half.to_frame("_ceiling").assign(_ceiling=genes), on=[*keys, "gene"])
+    if "pearson" in scores:
+        scores = scores[scores["pearson"].notna()]
+    sections = scores.groupby([*by, "patient", "section"], sort=False, observed=True)["_ceiling"].mean()
+    patients = sections.groupby([*by, "patient"], sort=False, observed=True).mean()
+    return patients if len(keys) > len(by) else patients.groupby(by, sort=False, observed=True).mean()
 
 
 def _check_patients(n_patients: pd.Series) -> None:

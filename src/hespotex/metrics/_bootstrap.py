@@ -28,14 +28,14 @@ def block_draws(
     blocks: np.ndarray,
     *,
     n_draws: int = 1000,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     nan_policy: NanPolicy = "raise",
 ) -> np.ndarray:
     """Mean Pearson correlation over genes in bootstrap draws of spatial blocks of one section.
 
     Neighbouring observations are alike, so single observations must not be drawn. The same `seed` and blocks
-    give the same draws: subtract the draws of two models for a paired interval, average those of
-    several sections for an interval of their mean.
+    give the same draws: subtract the draws of two models for a paired interval. For an interval of the mean of several
+    sections, average their draws, each section with a `seed` of its own.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def block_draws(
     n_draws
         Number of draws.
     seed
-        Seed of the draws.
+        Seed of the draws, or several numbers that make one.
 
     Returns
     -------
@@ -94,14 +94,18 @@ def block_draws(
 
 
 def resample_interval(estimate: float, draws: np.ndarray, *, level: float = 0.95) -> Interval:
-    """Percentile interval of bootstrap `draws` around `estimate`; NaN draws are left out."""
+    """Percentile interval of bootstrap `draws`, moved by their bias: their mean comes to lie on `estimate`.
+
+    A draw of blocks lacks some of the section and holds others twice, which lowers its correlations a little. NaN
+    draws are left out.
+    """
     if not 0 < level < 1:
         raise DataValueError(f"level={level} must lie between 0 and 1")
     draws = np.asarray(draws, dtype=np.float64)
     draws = draws[~np.isnan(draws)]
     if not draws.size:
         return Interval(estimate, float("nan"), float("nan"), level)
-    lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    lower, upper = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) + (estimate - draws.mean())
     return Interval(float(estimate), float(lower), float(upper), level)
 
 

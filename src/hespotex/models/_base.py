@@ -47,7 +47,7 @@ class Run:
 class Model(ABC, Generic[Config]):
     """Base of all methods.
 
-    A subclass names its frozen config dataclass and its description, and implements :meth:`fit`,
+    A subclass names its frozen config dataclass and its description, and implements :meth:`_fit`,
     :meth:`predict_blocks`, :meth:`state` and :meth:`load_state`.
 
     Parameters
@@ -68,6 +68,8 @@ class Model(ABC, Generic[Config]):
         self.unit: str = ""
         self.n_features: int = 0
         self.history: list[dict[str, float]] = []  # one row per epoch, for pl.training
+        self.scores: dict[str, float] = {}  # of choices inside the training sections, kept in the recipe
+        self._fitted = False
 
     @classmethod
     def preset(cls, name: str) -> Any:
@@ -78,17 +80,26 @@ class Model(ABC, Generic[Config]):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the model has been fitted."""
-        return bool(self.genes)
+        """Whether a fit (or loading) came to its end; an interrupted one leaves an unfitted model."""
+        return self._fitted
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Fields of a section this model reads, of ``embedding``, ``graph``, ``nuclei``; its config may decide."""
         return getattr(self.config, "needs", self.info.needs)
 
-    @abstractmethod
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
+        self._fitted = False
+        self.genes, self.unit, self.n_features = check_sections(sections)
+        self.history, self.scores = [], {}
+        self._fit(sections, run or Run())
+        self._fitted = True
+        return self
+
+    @abstractmethod
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
+        """Fit on sections that were checked; genes, unit and width of the features are set."""
 
     @abstractmethod
     def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
@@ -111,10 +122,6 @@ class Model(ABC, Generic[Config]):
         from ._checkpoint import save
 
         return save(self, path, overwrite=overwrite)
-
-    def _begin(self, sections: Sequence[Section]) -> None:
-        """Check the training sections and remember what they agree on."""
-        self.genes, self.unit, self.n_features = check_sections(sections)
 
     def _check_section(self, section: Section) -> None:
         """Raise unless `section` fits the fitted model."""

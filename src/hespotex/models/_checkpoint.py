@@ -158,6 +158,7 @@ def load(path: str | Path) -> Model:
         model.genes, model.unit, model.n_features = recipe.genes, recipe.unit, recipe.n_features
         model.history = config["history"]
         model.load_state(arrays, config["values"])
+        model._fitted = True
     except CheckpointError:
         raise
     except (HespotexError, KeyError, TypeError, ValueError, SafetensorError, RuntimeError) as error:

@@ -24,10 +24,11 @@ _IDENTITY = re.compile(r"[\w.-]+@[0-9a-f]{16}")
 
 
 def identify(model: Model) -> str:
-    """Name and hash of all that a fitted model predicts with: ``ridge@1f3c…``."""
+    """Name and hash of all that a fitted model predicts with, its recipe included: ``ridge@1f3c…``."""
     arrays, values = model.state()
     digest = hashlib.sha256()
-    head = [model.info.name, model.unit, model.genes, config_to_json(model.config), values]
+    recipe = None if model.recipe is None else model.recipe.to_json()
+    head = [model.info.name, model.unit, model.genes, config_to_json(model.config), values, recipe]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -51,11 +51,14 @@ class Fit:
         Epoch whose weights the module now holds; the last one if nothing was monitored.
     best_score
         Monitored value at that epoch; NaN if nothing was monitored.
+    checkpoint
+        File that the fit would resume from; :func:`forget_checkpoints` removes it.
     """
 
     history: list[dict[str, float]]
     best_epoch: int
     best_score: float
+    checkpoint: Path | None = None
 
 
 def fit_lightning(
@@ -112,7 +115,8 @@ def fit_lightning(
     Random numbers depend on ``run.seed`` and the epoch alone, and the global state is left as it was, so that equal
     input gives equal weights and a resumed fit ends where an uninterrupted one would have ended. With
     ``run.checkpoint_dir`` the state is written at the ends of epochs, to a file named after a hash of initial
-    weights, data and arguments: whatever changes, changes the name, and a stale state is never taken up.
+    weights, data, network, optimiser and arguments: whatever changes, changes the name, and a stale state is never
+    taken up.
     :func:`forget_checkpoints` removes them once the whole model is fitted.
 
     Raises
@@ -131,9 +135,11 @@ def fit_lightning(
     from lightning.pytorch.plugins.environments import LightningEnvironment
 
     device = resolve_device(run.device)
+    precision = run.precision or ("16-mixed" if device.type == "cuda" else "32-true")
     path = None
     if run.checkpoint_dir is not None:
         settings = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle, run.seed)
+        settings += (device.type, precision)
         mark = _fingerprint(module, items, validation, settings)
         path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
     order = _Order(items, run.seed, shuffle=shuffle, visit=visit)
@@ -150,7 +156,7 @@ def fit_lightning(
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            precision=run.precision or ("16-mixed" if device.type == "cuda" else "32-true"),
+            precision=precision,
             max_epochs=max_epochs,
             callbacks=[watcher],
             check_val_every_n_epoch=validate_every,
@@ -177,11 +183,11 @@ def fit_lightning(
     return watcher.finish(module)
 
 
-def forget_checkpoints(run: Run, name: str = "fit") -> None:
-    """Remove the resume files of `name` (and of names that begin so) from ``run.checkpoint_dir``."""
-    if run.checkpoint_dir is not None:
-        for path in Path(run.checkpoint_dir).glob(f"{name}*-*.ckpt"):
-            path.unlink(missing_ok=True)
+def forget_checkpoints(*fits: Fit) -> None:
+    """Remove what `fits` would resume from."""
+    for fit in fits:
+        if fit.checkpoint is not None:
+            fit.checkpoint.unlink(missing_ok=True)
 
 
 class _Order:
@@ -306,7 +312,7 @@ def _watcher(
             if self.best_weights is not None:
                 module.load_state_dict(self.best_weights)
             module.eval()
-            return Fit(history=self.history, best_epoch=self.best_epoch, best_score=self.best_score)
+            return Fit(self.history, self.best_epoch, self.best_score, path)
 
     return Watcher()
 
@@ -345,7 +351,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _fingerprint(module: Any, items: Sequence[Any], validation: Sequence[Any], settings: tuple[Any, ...]) -> str:
-    digest = hashlib.sha256(repr((type(module).__qualname__, settings)).encode())
+    # The words of network and optimiser hold what their tensors do not: dropout, learning rate, weight decay.
+    digest = hashlib.sha256(repr((settings, module, module.configure_optimizers())).encode())
     digest.update(repr(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))).encode())
     _absorb(digest, module.state_dict())
     for sequence in (items, validation):

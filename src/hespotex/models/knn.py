@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -88,9 +88,8 @@ class KNN(Model[KNNConfig]):
     metric: str
     choices: list[dict[str, Any]]
 
-    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Choose neighbours and metric on held-out training sections, then keep all observations."""
-        self._begin(sections)
         self._scaler = Scaler.fit(sections)
         features = [self._scaler(read_features(section)) for section in sections]
         targets = [section.require_targets()[:] for section in sections]
@@ -113,6 +112,7 @@ class KNN(Model[KNNConfig]):
         mean = np.where(known, scores, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
         if known.any():
             best = int(np.argmax(np.where(known.any(axis=0), mean, -np.inf)))
+            self.scores = {"inner_pearson": float(mean[best])}
         else:
             kind, best = "none", min(range(len(candidates)), key=lambda i: abs(candidates[i][1] - _FALLBACK_K))
         self.metric, self.neighbours = candidates[best]
@@ -124,7 +124,6 @@ class KNN(Model[KNNConfig]):
         logger.info("knn: %d neighbours, %s, chosen by %s", self.neighbours, self.metric, kind)
         self._bank = np.concatenate(features)
         self._values = np.concatenate(targets)
-        return self
 
     def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
         """Yield the means over the nearest training observations."""

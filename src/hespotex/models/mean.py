@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,9 +45,8 @@ class Mean(Model[MeanConfig]):
         name="mean", summary="Mean of each gene over the training observations", needs=(), presets=("default",)
     )
 
-    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Average the targets; features are not read."""
-        self._begin(sections)
         total, n = np.zeros(len(self.genes)), 0
         for section in sections:
             targets = section.require_targets()
@@ -55,7 +54,6 @@ class Mean(Model[MeanConfig]):
                 total += targets[rows].sum(axis=0, dtype=np.float64)
             n += section.n_obs
         self._mean = (total / n).astype(np.float32)
-        return self
 
     def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
         """Yield the means, repeated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -95,15 +95,14 @@ class MLP(Model[MLPConfig]):
 
     epochs: int
 
-    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Choose the number of epochs on a held-out part of the training sections, then train on all of them."""
-        run = run or Run()
-        self._begin(sections)
         self._scaler = Scaler.fit(sections)
         features = [self._scaler(read_features(section)) for section in sections]
         targets = [section.require_targets()[:] for section in sections]
         _, folds = inner_folds(sections)
-        self.epochs, self.history = self.config.max_epochs, []
+        self.epochs = self.config.max_epochs
+        fits = []
         if folds:
             kept = folds[0].kept(sections)
             part = self._train(
@@ -114,14 +113,15 @@ class MLP(Model[MLPConfig]):
                 _CHOICE,
                 held=[(features[i][rows], targets[i][rows]) for i, rows in folds[0].held_out.items()],
             )[1]
+            fits.append(part)
+            if np.isfinite(part.best_score):
+                self.scores = {"inner_pearson": part.best_score}
             self.history = part.history
             self.epochs = part.best_epoch or self.config.max_epochs
             logger.info("mlp: %d epochs, r %.3f on the held-out part", self.epochs, part.best_score)
         self._network, final = self._train(features, targets, run, self.epochs, _FINAL)
         self.history = self.history or final.history
-        forget_checkpoints(run, _CHOICE)
-        forget_checkpoints(run, _FINAL)
-        return self
+        forget_checkpoints(*fits, final)
 
     def _train(
         self,

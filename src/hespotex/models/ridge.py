@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -139,9 +139,8 @@ class Ridge(Model[RidgeConfig]):
     components: int | None
     choices: list[dict[str, Any]]
 
-    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Choose penalty and components on held-out training sections, then fit on all of them."""
-        self._begin(sections)
         frame = _frame(sections)
 
         def moments(rows_of_section: Mapping[int, np.ndarray]) -> _Moments:
@@ -160,6 +159,7 @@ class Ridge(Model[RidgeConfig]):
             kind, mean = "none", np.full(len(candidates), np.nan)
         if np.isfinite(mean).any():
             best = int(np.nanargmax(mean))
+            self.scores = {"inner_pearson": float(mean[best])}
         else:
             best = min(range(len(candidates)), key=lambda i: abs(np.log(candidates[i][1] / _FALLBACK_PENALTY)))
         self.components, self.penalty = candidates[best]
@@ -176,7 +176,6 @@ class Ridge(Model[RidgeConfig]):
         self._intercept = (frame.level + spectrum.level - spectrum.centre @ turned - frame.centre @ weights).astype(
             np.float32
         )
-        return self
 
     def _candidates(self) -> list[tuple[int | None, float]]:
         sizes = dict.fromkeys(None if c is None or c >= self.n_features else c for c in self.config.components)

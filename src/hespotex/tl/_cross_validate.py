@@ -93,7 +93,7 @@ def cross_validate(
         Scores to compute: ``"pearson"``, ``"spearman"``, ``"mse"``, ``"rmse"``, ``"mae"``, ``"nrmse"``, ``"r2"`` (against
         the training mean), ``"variance_ratio"``, ``"ssim"``.
     nulls
-        Whether to add rows for the nulls (``null_…``) and columns for the noise ceiling. ``null_depth`` reads test counts:
+        Whether to add rows for the nulls (``null_…``). ``null_depth`` reads test counts:
         it is a diagnostic of the target, not a predictor.
     embedding_key, table_key, shapes_key, image_key, counts_layer
         What to read; each may be left out where there is one candidate.
@@ -114,7 +114,8 @@ def cross_validate(
     -------
     One row per model, section and gene: ``model``, ``seed``, ``fold``, ``patient``, ``section``, ``gene``, ``n_spots``, the
     metrics, ``undefined`` (constant or unmeasured: metrics are NaN), ``flat`` (constant prediction),
-    ``split_half`` and ``ceiling`` (of the gene). Average it with :func:`hespotex.metrics.aggregate`. Written unless `copy`:
+    ``split_half`` and ``ceiling`` (of the gene), ``pearson_se`` (standard error of the section's mean r, from bootstrapped
+    spatial blocks). Average it with :func:`hespotex.metrics.aggregate`. Written unless `copy`:
 
     ``layers["<label>_cv"]`` or ``obsm["<label>_cv"]`` : float32
         out-of-fold prediction (:func:`hespotex.get.prediction` reads either); where the panels of a table's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ from .. import metrics as scores
 from .._keys import Keys
 from .._logging import logger
 from .._settings import settings
-from ..data.bridge import Region, regions_of
+from ..data.bridge import Region, attributes, regions_of
 from ..data.counts import check_counts, check_names, counts_of, library_size
-from ..data.provenance import record
+from ..data.provenance import read_record, record
 from ..data.stored import StoredPrediction, prediction_keys, read_prediction
+from ..data.tables import is_derived
 from ..data.transaction import restored_on_error
 from ..data.units import normalize
-from ..errors import AmbiguousKeyError, DataValueError, LeakageError, MissingKeyError
+from ..errors import AmbiguousKeyError, DataValueError, HespotexWarning, LeakageError, MissingKeyError
+from ._blocks import BLOCK_ERROR, block_error
 from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
 from ._windows import windows_of
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 __all__ = ["evaluate"]
+
+FITTED = "a training section"
 
 
 def evaluate(
@@ -66,7 +71,7 @@ def evaluate(
     metrics
         Scores to compute, as in :func:`hespotex.tl.cross_validate`.
     nulls
-        Whether to add rows for nulls and columns for the noise ceiling.
+        Whether to add rows for the nulls.
     table_key
         Table that holds prediction and counts, where there are several.
     counts_layer
@@ -83,7 +88,8 @@ def evaluate(
     Returns
     -------
     ``None``, or with ``copy=True`` one row per model (the key), section and gene: ``model``, ``patient``, ``section``,
-    ``gene``, ``n_spots``, the metrics, ``undefined``, ``flat`` and, with `nulls`, ``split_half`` and ``ceiling``. Its summary,
+    ``gene``, ``n_spots``, the metrics, ``undefined``, ``flat``, ``split_half``, ``ceiling`` and ``pearson_se``
+    (standard error of the section's mean r, from bootstrapped spatial blocks). Its summary,
     with skill, ceiling, r / ceiling, nulls, patients and excluded genes, is :func:`hespotex.metrics.aggregate`.
     Written otherwise, into the table of each section:
 
@@ -92,7 +98,9 @@ def evaluate(
     ``var["<key>_ceiling"]``
         noise ceiling of each gene;
     ``uns["hespotex"]["<key>_evaluation"]``
-        unit, metrics and the means over genes of this table.
+        unit, metrics and the means over genes of this table;
+    ``uns["hespotex"]["<key>"]["protocol"]``
+        in words, how the sections stand to those the model was trained on, where names and patients are noted.
 
     Raises
     ------
@@ -102,6 +110,11 @@ def evaluate(
         If predictions to compare differ in unit, share no gene, or hold values that are not finite.
     LeakageError
         If a section to evaluate is also in `reference`.
+
+    Warns
+    -----
+    HespotexWarning
+        If a section was in the training of the model that predicted it.
 
     See Also
     --------
@@ -122,11 +135,19 @@ def evaluate(
 
     seed = settings.seed if seed is None else seed
     regions = regions_of(data, table_key=table_key, groups=groups)
-    keys = _keys(regions[0].table.adata, key)
+    keys = _keys(regions[0], key)
     training = [] if reference is None else regions_of(reference, table_key=table_key)
     _check_apart(regions, training)
     tables = []
-    for region in regions:
+    kinds = {key: {region.name: _protocol(region, key) for region in regions} for key in keys}
+    if fitted := sorted({name for kind in kinds.values() for name, words in kind.items() if words == FITTED}):
+        warnings.warn(
+            f"sections {fitted} were in the training of a model evaluated here: their scores say how well it fits, not how "
+            "well it predicts",
+            HespotexWarning,
+            stacklevel=2,
+        )
+    for number, region in enumerate(regions):
         predictions = {name: _predicted(region, name) for name in keys}
         genes, unit = _agreed(predictions, region.name)
         measured = _measure(region, genes, unit, counts_layer)
@@ -157,7 +178,7 @@ def evaluate(
         windows = None
         if "ssim" in metrics:
             windows = windows_of(test.array, test.coordinates, region.name)
-        halves = _split_half(test, unit, seed) if nulls else None
+        halves = _split_half(test, unit, seed)
         scored: list[tuple[str, np.ndarray, Any]] = [(name, guess, slice(None)) for name, guess in guesses.items()]
         scored += [(name, guess, usable) for name, guess in learned.items()]
         for name, guess, chosen in scored:
@@ -170,18 +191,25 @@ def evaluate(
                 windows=windows,
                 nan_policy=nan_policy,  # type: ignore[arg-type]
             )
-            if halves is not None:
-                table["split_half"] = halves[chosen]
+            table["split_half"] = halves[chosen]
+            if "pearson" in metrics:
+                table[BLOCK_ERROR] = block_error(
+                    test.values[:, chosen],
+                    guess,
+                    test.coordinates,
+                    [seed, number],
+                    nan_policy,  # type: ignore[arg-type]
+                )
             front = {"model": name, "patient": region.patient, "section": region.name}
             for position, (column, value) in enumerate(front.items()):
                 table.insert(position, column, value)
             tables.append(table)
     result = pd.concat(tables, ignore_index=True)
-    if nulls:
-        result["ceiling"] = scores.gene_ceiling(result)
+    result["ceiling"] = scores.gene_ceiling(result)
+    result.attrs["protocol"] = ", ".join(sorted({words for kind in kinds.values() for words in kind.values() if words}))
     if copy:
         return result
-    _store(regions, keys, result, list(metrics), nulls=nulls)
+    _store(regions, keys, result, list(metrics), kinds)
     logger.info("evaluated %s in %d sections", ", ".join(keys), len(regions))
     return None
 
@@ -195,7 +223,7 @@ class _Measured:
     known: np.ndarray  # (G,) bool
     values: np.ndarray  # (n, G), NaN where not measured
     library_size: np.ndarray
-    coordinates: np.ndarray
+    coordinates: np.ndarray | None
     array: np.ndarray | None
     scalars: dict[str, np.ndarray]
 
@@ -206,7 +234,7 @@ class _Measured:
             self.known,
             self.values[rows],
             self.library_size[rows],
-            self.coordinates[rows],
+            None if self.coordinates is None else self.coordinates[rows],
             None if self.array is None else self.array[rows],
             {name: values[rows] for name, values in self.scalars.items()},
         )
@@ -216,7 +244,14 @@ class _Measured:
         return Evidence(self.patient, self.values[:, genes], self.library_size, positions, self.scalars)
 
 
-def _keys(adata: AnnData, key: str | Sequence[str] | None) -> list[str]:
+def _keys(region: Region, key: str | Sequence[str] | None) -> list[str]:
+    adata = region.table.adata
+    elsewhere = [name for name, table in getattr(region.data, "tables", {}).items() if is_derived(table)]
+    if not prediction_keys(adata) and any(prediction_keys(region.data[name]) for name in elsewhere):
+        raise MissingKeyError(
+            f"section {region.name!r} holds predictions only where nothing was measured (tables {elsewhere}): there is "
+            "nothing to compare them with"
+        )
     if key is None:
         there = prediction_keys(adata)
         if len(there) == 1:
@@ -287,7 +322,7 @@ def _measure(region: Region, genes: Sequence[str], unit: str, layer: str | None)
     if Keys.ARRAY_ROW in adata.obs and Keys.ARRAY_COL in adata.obs:
         array = adata.obs[[Keys.ARRAY_ROW, Keys.ARRAY_COL]].to_numpy(dtype=np.float64)[region.rows]
         array = array if np.isfinite(array).all() else None
-    coordinates = np.zeros((len(region.rows), 2))
+    coordinates = None
     if Keys.SPATIAL in adata.obsm:
         coordinates = np.asarray(adata.obsm[Keys.SPATIAL], dtype=np.float64)[region.rows][:, :2]
     scalars = {
@@ -305,19 +340,46 @@ def _split_half(test: _Measured, unit: str, seed: int) -> np.ndarray:
 
 
 def _check_apart(regions: Sequence[Region], training: Sequence[Region]) -> None:
-    trained = {id(region.table.adata) for region in training}
-    if both := [region.name for region in regions if id(region.table.adata) in trained]:
+    if both := [region.name for region in regions if any(_same_spots(region, other) for other in training)]:
         raise LeakageError(
             f"reference: sections {both} are to be evaluated and are among the training sections as well"
         )
 
 
+def _same_spots(one: Region, other: Region) -> bool:
+    """Whether two regions are one, also where the file was read twice."""
+    a, b = one.table.adata, other.table.adata
+    if a is b:
+        return True
+    if a.shape != b.shape or not (a.obs_names.equals(b.obs_names) and a.var_names.equals(b.var_names)):
+        return False
+    return bool(np.array_equal(np.asarray(a.X.sum(axis=1)), np.asarray(b.X.sum(axis=1))))
+
+
+def _protocol(region: Region, key: str) -> str:
+    """How a section stands to what the model was trained on, in words; empty where that is not known."""
+    entry = read_record(region.table.adata, key)
+    if "protocol" in entry and "training_sections" not in entry:
+        return str(entry["protocol"])  # of a cross-validation
+    sections, patients = entry.get("training_sections") or [], entry.get("training_patients") or []
+    name = attributes(region.data).get("name")
+    if name is not None and (str(name), region.patient) in set(zip(sections, patients, strict=True)):
+        return FITTED
+    if not sections or not region.patient_known or set(sections) & set(patients):
+        return ""  # a section whose patient was unknown in training counts as a patient of its own name
+    return "another section of a training patient" if region.patient in patients else "a patient not in training"
+
+
 def _store(
-    regions: Sequence[Region], keys: Sequence[str], table: pd.DataFrame, metrics: list[str], *, nulls: bool
+    regions: Sequence[Region],
+    keys: Sequence[str],
+    table: pd.DataFrame,
+    metrics: list[str],
+    kinds: dict[str, dict[str, str]],
 ) -> None:
     from contextlib import ExitStack
 
-    columns = [*metrics, *(["ceiling"] if nulls else [])]
+    columns = [*metrics, "ceiling"]
     by_table: dict[int, list[Region]] = {}
     for region in regions:
         by_table.setdefault(id(region.table.adata), []).append(region)
@@ -328,6 +390,8 @@ def _store(
             here = table[table["section"].isin([region.name for region in own])]
             for key in keys:
                 mine = here[here["model"] == key]
+                words = sorted({kinds[key][region.name] for region in own} - {""})
+                adata.uns[Keys.NAMESPACE][key] = {**adata.uns[Keys.NAMESPACE][key], "protocol": ", ".join(words)}
                 per_gene = mine.groupby("gene", observed=True)[columns].mean()
                 for column in columns:
                     adata.var[Keys.derived(key, column)] = per_gene[column].reindex(adata.var_names).to_numpy()

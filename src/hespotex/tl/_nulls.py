@@ -11,9 +11,8 @@ import numpy as np
 from .. import metrics
 from .._keys import Keys
 
-__all__ = ["DIAGNOSTIC", "Evidence", "nulls_of_prediction", "nulls_of_training"]
+__all__ = ["Evidence", "nulls_of_prediction", "nulls_of_training"]
 
-DIAGNOSTIC: Final = ("null_depth",)  # reads test counts: no predictor, only a sign of missing depth normalisation
 _DENSITY: Final = (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW)
 
 
@@ -30,7 +29,7 @@ class Evidence:
     library_size
         Total counts, (n,).
     positions
-        Positions in the frame of the array, (n, 2).
+        Positions in the frame of the array, (n, 2), or ``None``.
     scalars
         Scalars of the image by name, each (n,).
     """
@@ -38,14 +37,15 @@ class Evidence:
     patient: str
     values: np.ndarray
     library_size: np.ndarray
-    positions: np.ndarray
+    positions: np.ndarray | None
     scalars: Mapping[str, np.ndarray]
 
 
 def nulls_of_training(train: Sequence[Evidence], test: Evidence) -> dict[str, np.ndarray]:
     """Nulls that learn from training sections, by name, each (n, G).
 
-    Those that need other sections of the same patient, or a scalar of the image, are left out where there is none.
+    Those that need other sections of the same patient, positions, or a scalar of the image, are left out where there is
+    none. ``null_depth`` reads the library size of the test section: a sign of missing depth normalisation, no predictor.
     """
     values = [section.values for section in train]
     found = {
@@ -56,9 +56,9 @@ def nulls_of_training(train: Sequence[Evidence], test: Evidence) -> dict[str, np
     if siblings:
         measured = [section.values for section in siblings]
         found["null_sibling_mean"] = metrics.null_sibling_mean(measured, len(test.values))
-        found["null_coordinate"] = metrics.null_coordinate(
-            measured, [section.positions for section in siblings], test.positions
-        )
+        places = [section.positions for section in siblings if section.positions is not None]
+        if test.positions is not None and len(places) == len(siblings):
+            found["null_coordinate"] = metrics.null_coordinate(measured, places, test.positions)
     for name in _DENSITY:
         if name in test.scalars and all(name in section.scalars for section in train):
             scalars = [section.scalars[name] for section in train]

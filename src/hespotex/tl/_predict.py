@@ -16,7 +16,7 @@ from ..data.bridge import SectionView, as_list, attributes, embedding_entry, vie
 from ..data.provenance import from_uns, record
 from ..data.section import rows_of
 from ..data.stored import COMPANIONS, write_prediction
-from ..data.tables import is_derived, resolve_shapes_key, resolve_table
+from ..data.tables import is_derived, mark_table, resolve_shapes_key, resolve_table
 from ..data.transaction import restored_on_error
 from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError, ModelMismatchError
 from ..models import Model, Recipe
@@ -66,8 +66,10 @@ def predict(
         µm per pixel of the image, where the object does not say.
     weights
         Local weights file of the encoder, where the embedding has to be made and needs one.
-    batch_size, device
-        Of the embedding step.
+    batch_size
+        Tiles embedded at a time.
+    device
+        Where to embed and predict; the setting by default.
     block_rows
         Observations predicted at a time.
     key_added
@@ -142,7 +144,8 @@ def predict(
                 device=device,
                 progress_bar=shown,
             )
-            where = _predict_one(target, table, chosen, chosen.recipe, key, image_key, block_rows)
+            with settings.override(device=device or settings.device):
+                where = _predict_one(target, table, chosen, chosen.recipe, key, image_key, block_rows)
         logger.info("predicted %d genes with %s: %s", len(chosen.genes), chosen.info.name, where)
         if copy:
             from ..get import prediction
@@ -374,12 +377,14 @@ def _predict_one(
         genes=list(recipe.genes),
         model=model.info.name,
         weights_id=identify(model),
+        training_sections=[str(section["name"]) for section in recipe.training.get("sections", ())],
+        training_patients=[str(section["group"]) for section in recipe.training.get("sections", ())],
         embedding_key=recipe.embedding_key,
         created_by="hespotex.tl.predict",
     )
     if own_table:
         assert name is not None
-        adata.uns[Keys.NAMESPACE]["table"] = "prediction"  # tells it from the user's tables
+        mark_table(adata, "prediction")
         data[name] = adata  # type: ignore[index]
     return f"{name or ''}:{form}[{key!r}]"
 

@@ -15,10 +15,12 @@ from scipy import sparse
 
 from .. import metrics as scores
 from .._keys import Keys
+from .._settings import settings
 from ..data.section import Prediction, Section, Targets, rows_of
 from ..data.splits import Fold
 from ..errors import DataValueError
 from ..models import Model, Run, create
+from ._blocks import BLOCK_ERROR, block_error
 from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
 from ._windows import windows_of
 
@@ -87,14 +89,14 @@ def cross_validate_sections(
     min_counts
         Observations with fewer counts are neither trained on nor scored (they are predicted).
     nulls
-        Whether to run the nulls and the ceiling.
+        Whether to run the nulls.
     n_thinning
         Random halvings for the ceiling.
 
     Returns
     -------
     Scores (``model``, ``seed``, ``fold``, ``patient``, ``section``, ``gene``, ``n_spots``, the metrics, ``undefined``,
-    ``flat``; with `nulls` also ``split_half`` and ``ceiling``), predictions and fitted models.
+    ``flat``, ``split_half``, ``ceiling``, ``pearson_se``), predictions and fitted models.
 
     Raises
     ------
@@ -129,26 +131,27 @@ def cross_validate_sections(
             measured = _measured(test, genes, unit)
             guesses: dict[str, np.ndarray] = {}
             for label, model in fitted.items():
-                prediction = _checked(model.predict(blind), genes, unit, label)
+                with settings.override(device=run.device):
+                    prediction = _checked(model.predict(blind), genes, unit, label)
                 predictions[label, int(index)] = prediction
                 guesses[label] = rows_of(prediction.mean, rows)
             windows = None
             if "ssim" in metrics:
                 windows = windows_of(test.extras.get(ARRAY), test.coordinates, test.name)
-            halves = None
             if nulls:
                 for label in list(fitted):
                     guesses |= nulls_of_prediction(guesses[label], label, seed=run.seed)
                 guesses |= nulls_of_training(evidence, _evidence(test, measured))
                 for name, (model, view) in baselines.items():
                     guesses[name] = rows_of(model.predict(view(blind)).mean, rows)
-                halves = _split_half(test, genes, unit, n_thinning, run.seed)
+            halves = _split_half(test, genes, unit, n_thinning, run.seed)
             for label, guess in guesses.items():
                 table = scores.score(
                     measured, guess, genes, metrics=metrics, training_mean=training_mean, windows=windows
                 )
-                if halves is not None:
-                    table["split_half"] = halves
+                table["split_half"] = halves
+                if "pearson" in metrics:
+                    table[BLOCK_ERROR] = block_error(measured, guess, test.coordinates, [run.seed, int(index)])
                 front = {
                     "model": label,
                     "seed": run.seed,
@@ -160,8 +163,7 @@ def cross_validate_sections(
                     table.insert(position, column, value)
                 tables.append(table)
     table = pd.concat(tables, ignore_index=True)
-    if nulls:
-        table["ceiling"] = scores.gene_ceiling(table)
+    table["ceiling"] = scores.gene_ceiling(table)
     return CrossValidation(table, predictions, fitted_folds)
 
 

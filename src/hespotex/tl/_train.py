@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +153,17 @@ def train(
         checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
     )
     model.fit([view.section for view in views], run)
-    model.recipe = recipe
-    identity = remember(model)
+    model.recipe = replace(recipe, scores=model.scores)
+    try:
+        identity = remember(model)
+    except OSError as error:  # the model itself must not be lost for want of room in the cache
+        warnings.warn(
+            f"the trained model could not be kept in the cache {str(settings.cache_dir)!r} ({error}), so that "
+            "hx.tl.predict(sdata) will not find it by itself; keep it with model.save(path)",
+            HespotexWarning,
+            stacklevel=2,
+        )
+        return model
     for item in items:
         _note(item, identity)
     logger.info("trained %s (%s) on %d sections, %d genes", model.info.name, identity, len(views), len(panel))

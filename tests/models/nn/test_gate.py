@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from hespotex.models import Run
+from hespotex.models.hespotex.config import PAPER
+from hespotex.models.hespotex.expression import spot_embeddings
 from hespotex.models.nn import gate as gate_module
-from hespotex.models.nn.gate import GATE, NeighbourhoodAttention, gate_optimizer, gate_step
+from hespotex.models.nn.gate import GATE, NeighbourhoodAttention
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -35,6 +40,12 @@ def test_forward_equals_the_published(golden, file, dtype):
     assert error(x_hat, recorded[f"X_hat{suffix}"]) < tolerance
     assert error(alpha, recorded[f"alpha{suffix}"]) < (1e-14 if exact else 1e-6)
     assert error(h1, recorded["h1"]) < 1e-5
+    projected, h3 = x @ model.w1, torch.nn.functional.elu(model.attend(z @ model.w2.T, edges, alpha))
+    for name, vector in (("s", model.a_source), ("t", model.a_target)):
+        assert error(projected @ vector, recorded[f"{name}{suffix}"]) < tolerance
+    assert error(h3, recorded["h3"]) < 1e-5
+    loss = torch.nn.functional.mse_loss(x_hat, x)
+    assert float(loss.detach()) == pytest.approx(float(recorded[f"loss{suffix}"]), abs=tolerance)
 
 
 def test_checklist_01_widths_one_head_no_bias_no_dropout():
@@ -122,7 +133,8 @@ def test_shared_gradients_are_the_sum_of_both_uses(golden):
     torch.nn.functional.mse_loss(model(x, edges)[1], x).backward()
     assert float(model.w1.grad.norm()) == pytest.approx(float(recorded["grad_W1_norm_f64"]), rel=1e-12)
     assert float(model.w2.grad.norm()) == pytest.approx(float(recorded["grad_W2_norm_f64"]), rel=1e-12)
-    assert error(model.w1.grad, recorded["grad_W1"]) < 1e-5 * np.abs(recorded["grad_W1"]).max()
+    for ours, name in ((model.w1, "grad_W1"), (model.w2, "grad_W2")):
+        assert error(ours.grad, recorded[name]) < 1e-5 * np.abs(recorded[name]).max()
     assert error(model.a_source.grad, recorded["grad_a_src_f64"]) < 1e-12
     assert error(model.a_target.grad, recorded["grad_a_dst_f64"]) < 1e-12
 
@@ -131,41 +143,63 @@ def test_legacy_gradients_are_kept_apart(golden):
     recorded, start = golden("gate_gradients"), golden("gate_forward")
     model, x, edges = loaded(start, torch.float64, "legacy")
     torch.nn.functional.mse_loss(model(x, edges)[1], x).backward()
-    assert float(model.w1.grad.norm()) == pytest.approx(float(recorded["grad_W1_encoder_use_norm_f64"]), rel=1e-12)
-    assert float(model.w1_decoder.grad.norm()) == pytest.approx(
-        float(recorded["grad_W1_decoder_use_norm_f64"]), rel=1e-12
-    )
-    assert float(model.w2_decoder.grad.norm()) == pytest.approx(
-        float(recorded["grad_W2_decoder_use_norm_f64"]), rel=1e-12
-    )
+    for name, encoder, decoder in (("W1", model.w1, model.w1_decoder), ("W2", model.w2, model.w2_decoder)):
+        for use, gradient in (("encoder", encoder.grad), ("decoder", decoder.grad)):
+            expected = float(recorded[f"grad_{name}_{use}_use_norm_f64"])
+            assert float(gradient.norm()) == pytest.approx(expected, rel=1e-12)
+        total, own = recorded[f"grad_{name}"], recorded[f"grad_{name}_encoder_use"]
+        assert error(encoder.grad, own) < 1e-5 * np.abs(total).max()
+        assert error(decoder.grad.T, total - own) < 1e-5 * np.abs(total).max()
+
+
+def trained(golden, monkeypatch, steps, dtype=torch.float32, **options):
+    """The recorded start after some steps of the expression stream, its embedding, the fit, norms before clipping."""
+    model, x, edges = loaded(golden("gate_forward"), dtype, options.get("gate_tying", PAPER.gate_tying))
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def recording(*args, **kwargs):
+        norms.append(float(norm := clip(*args, **kwargs)))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
+    config = replace(PAPER, gate_epochs=steps, **options)
+    run = Run(device="cpu", precision="32-true" if dtype == torch.float32 else "64-true")
+    (embedding,), fit = spot_embeddings(config, [(x, edges)], run, gate=model)
+    return model, embedding, fit, norms
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tying", ["legacy", "shared"])
-def test_checklist_06_optimiser_steps_equal_the_recorded(golden, tying, dtype):
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("tying", "options"),
+    [("legacy", {}), ("shared", {"gate_tying": "shared"}), ("shared", {"gate_tying": "shared", "gate_order": "joint"})],
+    ids=["paper", "shared", "shared and joint"],
+)
+def test_checklist_06_optimiser_steps_equal_the_recorded(golden, monkeypatch, tying, options, steps, dtype):
     recorded = golden(f"gate_adam_{tying}")
-    model, x, edges = loaded(golden("gate_forward"), dtype, tying)
-    optimizer = gate_optimizer(model, lr=1e-3, weight_decay=1e-4)
+    model, embedding, fit, norms = trained(golden, monkeypatch, steps, dtype, **options)
     suffix, tolerance = ("_f64", 1e-10) if dtype == torch.float64 else ("", 2e-4)
-    for step in (1, 2, 3):
-        loss = gate_step(model, optimizer, x, edges, 5.0)
-        assert float(loss) == pytest.approx(recorded[f"loss_before_each_step{suffix}"][step - 1], abs=tolerance)
-        if step == 2:
-            continue
+    # The history keeps losses, before each step, as float32.
+    before = recorded[f"loss_before_each_step{suffix}"][:steps]
+    np.testing.assert_allclose([row["loss"] for row in fit.history], before, rtol=1e-6, atol=max(tolerance, 1e-6))
+    np.testing.assert_allclose(norms, recorded[f"grad_norm_before_clip{suffix}"][:steps], rtol=max(tolerance, 1e-9))
+    _, x, edges = loaded(golden("gate_forward"), dtype)
+    with torch.no_grad():
         z, x_hat = model(x, edges)
-        assert error(z, recorded[f"z_step{step}{suffix}"]) < tolerance
-        assert error(x_hat, recorded[f"X_hat_step{step}{suffix}"]) < tolerance
-        for name, key in (("w1", "W1"), ("w2", "W2"), ("a_source", "a_src"), ("a_target", "a_dst")):
-            assert error(getattr(model, name), recorded[f"{key}_step{step}"]) < 2e-4
+    loss = torch.nn.functional.mse_loss(x_hat, x)
+    assert torch.equal(z, embedding)
+    assert error(z, recorded[f"z_step{steps}{suffix}"]) < tolerance
+    assert error(x_hat, recorded[f"X_hat_step{steps}{suffix}"]) < tolerance
+    assert float(loss) == pytest.approx(float(recorded[f"loss_after_step{steps}{suffix}"]), abs=tolerance)
+    for name, key in (("w1", "W1"), ("w2", "W2"), ("a_source", "a_src"), ("a_target", "a_dst")):
+        assert error(getattr(model, name), recorded[f"{key}_step{steps}"]) < 2e-4
 
 
-def test_one_step_moves_tied_weights_twice_or_not_at_all(golden):
-    start = golden("gate_forward")
+def test_one_step_moves_tied_weights_twice_or_not_at_all(golden, monkeypatch):
+    start = torch.tensor(golden("gate_forward")["W1"])
     for tying, expected in (("legacy", (0.0, 2e-3)), ("shared", (1e-3,))):
-        model, x, edges = loaded(start, tying=tying)
-        before = model.w1.detach().clone()
-        gate_step(model, gate_optimizer(model, lr=1e-3, weight_decay=1e-4), x, edges, 5.0)
-        moved = (model.w1.detach() - before).abs().flatten()
+        model = trained(golden, monkeypatch, 1, gate_tying=tying)[0]
+        moved = (model.w1.detach() - start).abs().flatten()
         nearest = torch.stack([(moved - step).abs() for step in expected]).min(dim=0).values
         assert float((nearest < 1e-4).float().mean()) > 0.95
 

@@ -97,9 +97,8 @@ def _stage(config: HESpotExConfig, members: nn.ModuleList) -> Any:
                 mse = mse + F.mse_loss(_counted(predicted, item), _counted(item.target, item))
                 if item.spots is not None:
                     align = align + alignment_loss(_counted(item.spots, item), _counted(embedding, item))
-            n = len(self.members)
-            # The sum, not the mean, is what each member would see on its own; the history shows the mean.
-            return {"loss": mse + self.align_weight * align, "mse": mse / n, "align": align / n}
+            mse, align = mse / len(self.members), align / len(self.members)  # Adam does not mind the scale
+            return {"loss": mse + self.align_weight * align, "mse": mse, "align": align}
 
         def validation_step(self, item: ImageItem, batch_idx: int) -> Any:
             mean = sum(_forward(member, item, config.chunk)[1] for member in self.members) / len(self.members)

@@ -81,13 +81,15 @@ class Inputs:
         inputs = cls(config, centre.astype(np.float32), None, None, nuclei)
         if config.standardize == "none":
             return inputs
-        square = largest = 0.0
+        square = magnitude = 0.0
         for section in sections:
-            x = inputs._with_context(section)
-            square = square + np.square(x, dtype=np.float64).sum(axis=0)
-            largest = np.maximum(largest, np.abs(x).max(axis=0))
+            square = square + np.square(inputs._with_context(section), dtype=np.float64).sum(axis=0)
+            magnitude = np.maximum(magnitude, np.abs(read_features(section)).max(axis=0))
+        if config.nuclei == "feature":
+            magnitude = np.append(magnitude, 1.0)
         spread = np.sqrt(square / n)
-        varies = spread > 1e-6 * np.maximum(np.tile(np.abs(centre), 1 + config.context).max(), 1e-30)
+        # Centring leaves of a constant feature what rounding makes of its size.
+        varies = spread > 1e-6 * np.maximum(np.tile(magnitude, 1 + config.context), 1e-30)
         scale = np.where(varies, 1.0 / np.where(varies, spread, 1.0), 0.0).astype(np.float32)
         inputs = replace(inputs, scale=scale)
         if config.input_rank is None:
@@ -189,8 +191,11 @@ def _principal_axes(x: np.ndarray, rank: int) -> np.ndarray:
     p = min(rank, n, d)
     values, vectors = eigh(gram, subset_by_index=(len(gram) - p, len(gram) - 1), check_finite=False)
     values, vectors = values[::-1], vectors[:, ::-1]
+    if not values[0] > 0:  # no feature varies: one axis on which all lie at 0
+        return np.zeros((d, 1), dtype=np.float32)
     kept = values > 1e-7 * values[0]
     values, vectors = values[kept], vectors[:, kept]
     axes = x.T @ (vectors / np.sqrt(values)) if n < d else vectors
     axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # whatever the library's signs
-    return (axes * np.sqrt(n * axes.shape[1] / values.sum())).astype(np.float32)
+    # Contiguous like what a saved model is loaded into, for products that are equal to the last bit.
+    return np.ascontiguousarray(axes * np.sqrt(n * axes.shape[1] / values.sum()), dtype=np.float32)

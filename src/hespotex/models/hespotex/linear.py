@@ -19,6 +19,7 @@ __all__ = ["KernelFeatures", "Regression"]
 
 # As multiples of the number of observations times the mean variance of a feature.
 PENALTIES = tuple(float(10.0**exponent) for exponent in np.arange(-3.0, 1.75, 0.5))
+_FLOOR = 1e-9  # of the penalty proper, for features that do not vary; those that do are of the order of 1
 _FALLBACK = 0.1  # where there is nothing to choose on
 _FIT_ROWS = 16384  # observations, evenly spread, that are regressed on: beyond, nothing is gained but cost
 _SCORE_ROWS = 2048  # of each held-out section, evenly spread
@@ -58,7 +59,8 @@ class KernelFeatures:
         width = float(np.median(several[several > 0])) if (several > 0).any() else 1.0
         values, vectors = eigh(np.exp(-distances / width, dtype=np.float64), check_finite=False)
         kept = values > 1e-6 * values[-1]
-        return cls(landmarks, (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32), width)
+        projection = np.ascontiguousarray(vectors[:, kept] / np.sqrt(values[kept]), dtype=np.float32)
+        return cls(landmarks, projection, width)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(n, d) → (n, d + m')."""
@@ -105,7 +107,7 @@ class Regression:
         ranks: Sequence[int],
         *,
         kernel: KernelFeatures | None = None,
-    ) -> tuple[Self, int]:
+    ) -> tuple[Self, int, float | None]:
         """Choose penalty and rank on `folds`, fit on all.
 
         Parameters
@@ -125,7 +127,7 @@ class Regression:
 
         Returns
         -------
-        The regression on all sections, and the rank.
+        The regression on all sections, the rank, and their mean r on `folds` where there are any.
         """
         ranks = [rank for rank in ranks if rank < space.width] + [space.width]
         step = -(-sum(map(len, features)) // _FIT_ROWS)
@@ -142,12 +144,14 @@ class Regression:
                 measured = sections[index].require_targets()[kept[index][rows]]
                 scores.append(_scores(ridge, x[index][rows], measured, space, ranks))
         known = [score for score in scores if np.isfinite(score).all()]
-        penalty, rank = _FALLBACK, ranks[-1]
+        penalty, rank, score = _FALLBACK, ranks[-1], None
         if known:
-            best = np.unravel_index(np.argmax(np.mean(known, axis=0)), known[0].shape)
+            mean = np.mean(known, axis=0)
+            best, score = np.unravel_index(np.argmax(mean), mean.shape), float(mean.max())
             penalty, rank = PENALTIES[best[0]], ranks[best[1]]
         weights, intercept = _Ridge.of(total).solve(penalty)
-        return cls(weights[:, :rank].astype(np.float32), intercept[:rank].astype(np.float32)), rank
+        weights = np.ascontiguousarray(weights[:, :rank], dtype=np.float32)
+        return cls(weights, intercept[:rank].astype(np.float32)), rank, score
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(n, d) → (n, width)."""
@@ -211,7 +215,7 @@ class _Ridge:
 
     def solve(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """Weights (d, width) and intercept (width,)."""
-        lift = max(penalty * float(self.values.mean()), np.finfo(float).tiny)
+        lift = max(penalty * float(self.values.mean()), _FLOOR)
         weights = self.axes @ (self.along / (self.values + lift)[:, None])
         return weights, self.level - self.centre @ weights
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,14 +13,13 @@ import torch
 from ..._device import resolve_device
 from ..._logging import logger
 from ...data.section import Prediction, Section
-from ...errors import DataValueError
+from ...errors import DataValueError, HespotexWarning
 from .._base import Model, ModelInfo, Run
-from .._inner import inner_folds, row_blocks
+from .._inner import inner_folds, of_shape, row_blocks
 from .._registry import register
-from .._training import forget_checkpoints
+from .._training import Fit, forget_checkpoints
 from ..nn.gate import GATE
 from .config import PAPER, HESpotExConfig
-from .expression import NAME as EXPRESSION
 from .expression import spot_embeddings
 from .image import NAME as IMAGE
 from .image import ImageItem, fit_image_stream, new_members
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HESpotEx"]
 
+FEW = 20  # observations, below which the mean of a section is no reference
+
 
 @register
 class HESpotEx(Model[HESpotExConfig]):
@@ -43,8 +45,9 @@ class HESpotEx(Model[HESpotExConfig]):
     and the graph.
 
     A re-implementation from the published description, not the authors' code. ``preset="paper"`` does what they do,
-    except that nothing is fitted on, or chosen by, sections to be predicted; the default repairs what cross-validation
-    inside training sections shows to be worth repairing, see :class:`HESpotExConfig`.
+    except that nothing is fitted on, or chosen by, sections to be predicted. The default repairs the defects that its
+    documentation lists, learns principal components of expression, and averages the networks with a kernel regression in
+    closed form on the same inputs, in equal shares; see :class:`HESpotExConfig`.
 
     Examples
     --------
@@ -82,10 +85,8 @@ class HESpotEx(Model[HESpotExConfig]):
             raise DataValueError(f"preset={name!r} is unknown to 'hespotex'; it has 'default', 'paper'")
         return presets[name]
 
-    def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
+    def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Fit both stages on `sections`."""
-        self._begin(sections)
-        run = run or Run()
         if not self.config.mixed_precision and run.precision is None:
             run = replace(run, precision="32-true")
         self._inputs = Inputs.fit(self.config, sections)
@@ -93,7 +94,6 @@ class HESpotEx(Model[HESpotExConfig]):
         self._space = TargetSpace.fit(sections, scale_genes=self.config.scale_genes, rank=ranks[-1] if ranks else None)
         inputs = [self._inputs(section) for section in sections]
         targets = [self._space.read(section.require_targets()) for section in sections]
-        self.history = []
         if self.config.center_targets:
             targets = [target - target.mean(axis=0) for target in targets]
         features = [each.features for each in inputs]
@@ -103,41 +103,52 @@ class HESpotEx(Model[HESpotExConfig]):
             if self.config.regression == "kernel":
                 self._kernel = KernelFeatures.fit(features, self.config.n_landmarks)
             folds = inner_folds(sections)[1]
-            regression, rank = Regression.fit(
+            regression, rank, score = Regression.fit(
                 sections, features, targets, folds, self._space, ranks, kernel=self._kernel
             )
+            if score is not None:
+                self.scores["inner_pearson_of_regression"] = score
             self._space, targets = self._space.truncated(rank), [target[:, :rank] for target in targets]
             if self.config.regression != "none":
                 self._regression = regression
-        spots = self._fit_expression_stream(sections, targets, run)
+        fits: list[Fit] = []  # whose resume files go once the whole model stands
+        spots = self._fit_expression_stream(sections, targets, run, fits)
         items = [_item(*parts) for parts in zip(inputs, targets, spots, strict=True)]
-        epochs, curve = self._choose_epochs(sections, items, run)
+        epochs, curve = self._choose_epochs(sections, items, run, fits)
         self._members = self._new_members(run.seed)
         fit = fit_image_stream(self.config, self._members, items, run, epochs=epochs)
         self.history += [
             {**row, **({"val_mse": curve[index]} if curve else {})} for index, row in enumerate(fit.history)
         ]
-        for name in (EXPRESSION, IMAGE):
-            forget_checkpoints(run, name)
-        return self
+        forget_checkpoints(*fits, fit)
 
     def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
         """Embed the whole section, then decode it block by block; the numbers do not depend on `block_rows`."""
         self._check_section(section)
+        if self.config.standardize == "section" and section.n_obs < FEW:
+            warnings.warn(
+                f"section {section.name!r} has {section.n_obs} observations: features are taken relative to their mean, "
+                "which says little of so few; predict the whole section and select afterwards",
+                HespotexWarning,
+                stacklevel=2,
+            )
         inputs = self._inputs(section)
         device = resolve_device()
         self._members.to(device)
-        encoded = [self._neighbourhood(member, inputs, device, block_rows) for member in self._members]
-        floor = np.float32(0.0)
-        blocks = list(row_blocks(section.n_obs, block_rows))
-        if self.config.output == "shift":
-            floor = np.min([self._decode(inputs, encoded, rows, device).min() for rows in blocks])
-        for rows in blocks:
-            mean = self._decode(inputs, encoded, rows, device) - floor
-            if self.config.output == "clip":
-                np.maximum(mean, 0.0, out=mean)
-            latent = torch.cat([embedding[rows] for embedding, _ in encoded], dim=1).cpu().numpy()
-            yield Prediction(np.asarray(section.ids)[rows], self.genes, self.unit, mean, latent=latent)
+        try:
+            encoded = [self._neighbourhood(member, inputs, device, block_rows) for member in self._members]
+            floor = np.float32(0.0)
+            blocks = list(row_blocks(section.n_obs, block_rows))
+            if self.config.output == "shift":
+                floor = np.min([self._decode(inputs, encoded, rows, device).min() for rows in blocks])
+            for rows in blocks:
+                mean = self._decode(inputs, encoded, rows, device) - floor
+                if self.config.output == "clip":
+                    np.maximum(mean, 0.0, out=mean)
+                latent = torch.cat([embedding[rows] for embedding, _ in encoded], dim=1).cpu().numpy()
+                yield Prediction(np.asarray(section.ids)[rows], self.genes, self.unit, mean, latent=latent)
+        finally:
+            self._members.cpu()
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Networks, input scales, target space and regression; the expression stream is needed for training only."""
@@ -166,6 +177,10 @@ class HESpotEx(Model[HESpotExConfig]):
         kernel = part("kernel")
         self._kernel = KernelFeatures.from_state(kernel, values["kernel"]) if kernel else None
         self._n_inputs = int(values["n_inputs"])
+        of_shape(self._inputs.centre, (self.n_features,), "inputs.centre")
+        of_shape(self._space.mean, (len(self.genes),), "space.mean")
+        if self._regression is not None:
+            of_shape(self._regression.weights, (None, self._space.width), "regression.weights")
         self._members = self._new_members(0)
         self._members.load_state_dict({name: torch.tensor(array) for name, array in part("members").items()})
         self._members.eval()
@@ -177,7 +192,7 @@ class HESpotEx(Model[HESpotExConfig]):
             return new_members(self.config, self._n_inputs, self._space.width)
 
     def _fit_expression_stream(
-        self, sections: Sequence[Section], targets: Sequence[np.ndarray], run: Run
+        self, sections: Sequence[Section], targets: Sequence[np.ndarray], run: Run, fits: list[Fit]
     ) -> list[np.ndarray | None]:
         """Spot embeddings of the sections, or as many ``None``."""
         if self.config.align_weight == 0:
@@ -195,6 +210,7 @@ class HESpotEx(Model[HESpotExConfig]):
             for section, target in zip(sections, targets, strict=True)
         ]
         embeddings, fit = spot_embeddings(self.config, pairs, run, gate=gate)
+        fits.append(fit)
         self.history += [{"epoch": row["epoch"], "expression_loss": row["loss"]} for row in fit.history]
         spots = [embedding.numpy() for embedding in embeddings]
         if not self.config.standardize_alignment:
@@ -204,7 +220,7 @@ class HESpotEx(Model[HESpotExConfig]):
         return [(each - centre) / np.where(spread > 1e-6, spread, 1.0) for each in spots]
 
     def _choose_epochs(
-        self, sections: Sequence[Section], items: Sequence[ImageItem], run: Run
+        self, sections: Sequence[Section], items: Sequence[ImageItem], run: Run, fits: list[Fit]
     ) -> tuple[int, list[float]]:
         """Number of epochs with the least error on left-out groups, and the error after each epoch."""
         folds = inner_folds(sections)[1] if self.config.stopping == "inner" else []
@@ -228,6 +244,7 @@ class HESpotEx(Model[HESpotExConfig]):
                 validation=held,
                 name=f"{IMAGE}, inner fold {number + 1}",
             )
+            fits.append(fit)
             curves.append([row["val_mse"] for row in fit.history])
         curve = np.mean(curves, axis=0)
         best = int(np.argmin(curve)) + 1

@@ -56,12 +56,12 @@ class TargetSpace:
             basis = _leading(covariance, min(rank, n_genes))
             # One unit for all components: the leading ones, which carry most, weigh most in the loss.
             scale *= np.sqrt(max(np.einsum("gr,gh,hr->", basis, covariance, basis) / basis.shape[1], 1e-12))
-            basis = basis.astype(np.float32)
+            basis = np.ascontiguousarray(basis, dtype=np.float32)
         return cls((total / n).astype(np.float32), scale.astype(np.float32), basis)
 
     def truncated(self, rank: int) -> Self:
         """The space of the `rank` leading components."""
-        return self if self.basis is None else replace(self, basis=self.basis[:, :rank])
+        return self if self.basis is None else replace(self, basis=np.ascontiguousarray(self.basis[:, :rank]))
 
     @property
     def width(self) -> int:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import softmax
 
-__all__ = ["GATE", "NeighbourhoodAttention", "Tying", "gate_optimizer", "gate_step"]
+__all__ = ["GATE", "NeighbourhoodAttention", "Tying", "gate_optimizer"]
 
 Tying = Literal["shared", "legacy"]
 
@@ -131,13 +131,3 @@ def gate_optimizer(gate: GATE, *, lr: float, weight_decay: float) -> torch.optim
     """Adam with L2 over the parameters in the published order: W1, attention, W2, then the decoder's uses."""
     # One tensor after another: under legacy tying the second update of a memory must see the first.
     return torch.optim.Adam(gate.parameters(), lr=lr, weight_decay=weight_decay, foreach=False)
-
-
-def gate_step(gate: GATE, optimizer: torch.optim.Optimizer, expression: Tensor, edges: Tensor, clip: float) -> Tensor:
-    """One full-batch step on one section; returns the loss before it."""
-    optimizer.zero_grad()
-    loss = F.mse_loss(gate(expression, edges)[1], expression)
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), clip, foreach=False)
-    optimizer.step()
-    return loss.detach()
