@@ -29,7 +29,12 @@ from hespotex.metrics import aggregate, block_draws, paired_difference, resample
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 PANELS = {"250 highest-mean": "high_mean", "250 most variable": "most_variable"}
 N_GENES, SEEDS, N_PATIENTS = 250, (0, 1, 2), 8
+COHORT = 11  # seed of the synthetic patients
 EMBEDDINGS = {"morphology": "X_morphology", "MobileNet": "X_mobilenet"}
+ABLATIONS = {
+    "hespotex (networks alone)": {"name": "hespotex", "regression": "none"},
+    "hespotex (regression alone)": {"name": "hespotex", "regression_share": 1.0},
+}
 MODELS = {
     "hespotex": "hespotex",
     "hespotex (paper)": {"name": "hespotex", "preset": "paper"},
@@ -104,13 +109,13 @@ def a1(data: Path):
     return prepared("A1-3.2", make)
 
 
-def synthetic(patient: int):
+def synthetic(patient: int, seed: int = COHORT):
     def make():
-        sdata = hx.datasets.synthetic(first_patient=patient, size_px=3000, lattice="visium", n_genes=400, seed=11)
+        sdata = hx.datasets.synthetic(first_patient=patient, size_px=3000, lattice="visium", n_genes=400, seed=seed)
         prepare(sdata, None)
         return sdata
 
-    return prepared(f"synthetic-{patient}", make)
+    return prepared(f"synthetic-{patient}" if seed == COHORT else f"synthetic-{seed}-{patient}", make)
 
 
 def once(path: Path, run) -> None:
@@ -125,30 +130,31 @@ def once(path: Path, run) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def intervals(tables: list, labels: list[str]) -> pd.DataFrame:
-    """95 % interval of the mean r by bootstrap of spatial blocks, averaged over the sections."""
-    rows = []
-    for label in labels:
-        draws, estimates = [], []
-        for table in tables:
+def paired_blocks(tables: list, one: str, other: str) -> tuple[float, float]:
+    """95 % interval of the difference in mean r of two cross-validated models, by bootstrap of spatial blocks."""
+    draws, estimates = [], []
+    for index, table in enumerate(tables):
+        use = np.asarray(table.X.sum(axis=1)).ravel() >= 1
+        blocks = spatial_blocks(table.obsm["spatial"][use] * table.uns["hespotex"]["X_morphology"]["slide_mpp"])
+        both = []
+        for label in (one, other):
             result = hx.get.prediction(table, hx._keys.sanitize(f"{label}_cv"))
-            use = np.asarray(table.X.sum(axis=1)).ravel() >= 1
-            blocks = spatial_blocks(table.obsm["spatial"][use] * table.uns["hespotex"]["X_morphology"]["slide_mpp"])
             pair = result.layers["measured"][use], result.X[use]
-            draws.append(block_draws(*pair, blocks, seed=0))
-            estimates.append(np.nanmean(hx.metrics.pearson(*pair)))
-        interval = resample_interval(float(np.mean(estimates)), np.mean(draws, axis=0))
-        rows.append({"model": label, "lower": interval.lower, "upper": interval.upper})
-    return pd.DataFrame(rows)
+            both.append((np.nanmean(hx.metrics.pearson(*pair)), block_draws(*pair, blocks, seed=[0, index])))
+        estimates.append(both[0][0] - both[1][0])
+        draws.append(both[0][1] - both[1][1])
+    interval = resample_interval(float(np.mean(estimates)), np.mean(draws, axis=0))
+    return interval.lower, interval.upper
 
 
-def cross_validation(task: str, tables: list, embeddings: dict[str, str], seeds, groups=None) -> None:
+def cross_validation(task: str, tables: list, embeddings: dict[str, str], seeds, part: str, groups=None) -> None:
     force = groups is not None
     # The published 500 epochs per section take most of the time: they run last, and with one seed on the larger set.
     quick = {label: spec for label, spec in MODELS.items() if "paper" not in label}
     slow = {label: spec for label, spec in MODELS.items() if "paper" in label}
-    plan = [("", quick, seed) for seed in seeds]
-    plan += [("paper-", slow, seed) for seed in (seeds if task != "synthetic" else seeds[:1])]
+    plan = [("", quick, seed) for seed in seeds] + [("ablation-", ABLATIONS, seeds[0])] if part != "paper" else []
+    if part != "quick":
+        plan += [("paper-", slow, seed) for seed in (seeds if task != "synthetic" else seeds[:1])]
     for prefix, models, seed in plan:
         for embedding, key in embeddings.items():
             for selection in PANELS.values():
@@ -165,11 +171,13 @@ def cross_validation(task: str, tables: list, embeddings: dict[str, str], seeds,
                         seed=seed,
                         nulls=is_first,
                     )
-                    if seed == 0:
-                        scores = scores.merge(intervals(tables, list(models)), on="model", how="left")
+                    if {"hespotex", "ridge"} <= set(models):
+                        scores["paired_lower"], scores["paired_upper"] = paired_blocks(tables, "hespotex", "ridge")
                     return scores
 
                 once(RESULTS / f"{task}--{embedding}--{selection}--{prefix}{seed}.parquet", run)
+    if part == "quick":
+        return
     for embedding, key in embeddings.items():
 
         def own(key=key) -> pd.DataFrame:
@@ -193,21 +201,34 @@ def transfer(data: Path, seeds) -> None:
     """C2-C5 to A1, everything read at A1's resolution."""
     train = [her2st(name, data, mpp=3.2) for name in SECTIONS]
     test = a1(data)
-    # Without nuclei at this resolution the published factor has nothing to count.
-    models = {label: spec for label, spec in MODELS.items() if "paper" not in label}
+    quick = {label: spec for label, spec in MODELS.items() if "paper" not in label}
+    quick["null_encoder_ridge"] = {"name": "ridge", "components": (256,)}
+    # Nuclei are not resolved at 3.2 µm/px, so that the published factor has nothing to count: its variant without one.
+    slow = {"hespotex (paper, no nuclei)": {"name": "hespotex", "preset": "paper", "nuclei": "none"}}
+    plan = [("", quick, seed) for seed in seeds] + [("paper-", slow, seeds[0])]
     for embedding, key in EMBEDDINGS.items():
         for selection in PANELS.values():
-            for seed in seeds:
+            for prefix, models, seed in plan:
 
-                def run(key=key, selection=selection, seed=seed) -> pd.DataFrame:
-                    for label, name in models.items():
-                        model = hx.tl.train(
-                            train, name, gene_selection=selection, n_top_genes=N_GENES, embedding_key=key, seed=seed
+                def run(key=key, selection=selection, models=models, seed=seed, is_first=prefix == "") -> pd.DataFrame:
+                    keys = {}
+                    for label, spec in models.items():
+                        model = hx.models.create(**({"name": spec} if isinstance(spec, str) else spec))
+                        hx.tl.train(
+                            train,
+                            model,
+                            gene_selection=selection,
+                            n_top_genes=N_GENES,
+                            unit="log1p_cp10k",
+                            embedding_key=key,
+                            seed=seed,
                         )
+                        keys[hx._keys.sanitize(label)] = label
                         hx.tl.predict(test, model, key_added=label)
-                    return hx.tl.evaluate(test, list(models), reference=train, seed=seed, copy=True)
+                    scores = hx.tl.evaluate(test, list(keys), reference=train, seed=seed, nulls=is_first, copy=True)
+                    return scores.assign(model=scores["model"].replace(keys), seed=seed)
 
-                once(RESULTS / f"a1--{embedding}--{selection}--{seed}.parquet", run)
+                once(RESULTS / f"a1--{embedding}--{selection}--{prefix}{seed}.parquet", run)
 
 
 def runs() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
@@ -222,6 +243,11 @@ def runs() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
         yield task, embedding, panel, pd.concat(tables, ignore_index=True)
 
 
+def spread_over_patients(patients: pd.DataFrame, label: str) -> str:
+    values = patients[patients["model"] == label].groupby("patient")["pearson"].mean()
+    return f"{values.std():.3f}" if len(values) > 1 else ""
+
+
 def print_tables() -> None:
     titles = {value: key for key, value in PANELS.items()} | {"own": "its own panel, log1p CPM of the panel"}
     for task, embedding, panel, scores in runs():
@@ -231,19 +257,20 @@ def print_tables() -> None:
             warnings.simplefilter("ignore", hx.errors.HespotexWarning)
             cohort = aggregate(scores, by=["model", "seed"])
             patients = aggregate(scores, by=["model", "seed"], level="patient")
-        head = "| model | mean r | 95 % interval | sd over seeds | median r | RMSE | variance ratio | r / ceiling |"
-        print(head + "\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+        head = "| model | mean r | 95 % by blocks | sd seeds | sd patients | median r | RMSE | variance ratio | r / ceiling |"
+        print(head + "\n| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         order = cohort.groupby("model")["pearson"].mean().sort_values(ascending=False).index
         for label in order:
             rows = cohort[cohort["model"] == label]
-            mean, first = rows.mean(numeric_only=True), scores[scores["model"] == label]
+            mean = rows.mean(numeric_only=True)
             span = ""
-            if "lower" in first and first["lower"].notna().any():
-                span = f"{first['lower'].dropna().iloc[0]:.3f} to {first['upper'].dropna().iloc[0]:.3f}"
+            if np.isfinite(mean.get("pearson_lower", np.nan)):
+                span = f"{mean['pearson_lower']:.3f} to {mean['pearson_upper']:.3f}"
             seeds = f"{rows['pearson'].std():.4f}" if len(rows) > 1 else ""
             print(
-                f"| {label} | {mean['pearson']:.3f} | {span} | {seeds} | {mean['pearson_median']:.3f} | "
-                f"{mean['rmse']:.3f} | {mean['variance_ratio']:.2f} | {mean['pearson_of_ceiling']:.2f} |"
+                f"| {label} | {mean['pearson']:.3f} | {span} | {seeds} | {spread_over_patients(patients, label)} | "
+                f"{mean['pearson_median']:.3f} | {mean['rmse']:.3f} | {mean['variance_ratio']:.2f} | "
+                f"{mean['pearson_of_ceiling']:.2f} |"
             )
         print(f"\nceiling {cohort['ceiling'].mean():.3f} (pessimistic {cohort['ceiling_pessimistic'].mean():.3f})")
         if {"hespotex", "ridge"} <= set(cohort["model"]):
@@ -257,7 +284,22 @@ def print_tables() -> None:
                     f"{int((wide['hespotex'] > wide['ridge']).sum())} of {len(wide)}"
                 )
             else:
-                print(f"\nhespotex - ridge: {float((wide['hespotex'] - wide['ridge']).iloc[0]):+.3f} (one patient)")
+                span = ""
+                if "paired_lower" in scores and scores["paired_lower"].notna().any():
+                    first = scores[scores["paired_lower"].notna()].iloc[0]
+                    span = f", 95 % by blocks {first['paired_lower']:+.3f} to {first['paired_upper']:+.3f}"
+                print(
+                    f"\nhespotex - ridge: {float((wide['hespotex'] - wide['ridge']).iloc[0]):+.3f} "
+                    f"(one patient{span}); {n_sections_above(scores)}"
+                )
+
+
+def n_sections_above(scores: pd.DataFrame) -> str:
+    """In how many sections hespotex is above ridge."""
+    wide = aggregate(scores, by=["model", "seed"], level="section").pivot_table(
+        index="section", columns="model", values="pearson"
+    )
+    return f"above ridge in {int((wide['hespotex'] > wide['ridge']).sum())} of {len(wide)} sections"
 
 
 def main() -> None:
@@ -265,6 +307,9 @@ def main() -> None:
     parser.add_argument("task", choices=["her2st", "a1", "synthetic", "table"])
     parser.add_argument("--data", type=Path, default=os.environ.get("HESPOTEX_DATA"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--part", choices=["quick", "paper", "all"], default="all", help="models to run; all by default"
+    )
     parser.add_argument("--patients", type=int, default=N_PATIENTS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*in training and test.*", category=hx.errors.HespotexWarning)
@@ -272,12 +317,12 @@ def main() -> None:
         parser.error("--data: name the folder that holds her2st, or set HESPOTEX_DATA")
     if options.task == "her2st":
         tables = [her2st(name, Path(options.data)) for name in SECTIONS]
-        cross_validation("her2st", tables, EMBEDDINGS, options.seeds, groups=list(SECTIONS))
+        cross_validation("her2st", tables, EMBEDDINGS, options.seeds, options.part, groups=list(SECTIONS))
     elif options.task == "a1":
         transfer(Path(options.data), options.seeds)
     elif options.task == "synthetic":
         tables = [synthetic(patient) for patient in range(options.patients)]
-        cross_validation("synthetic", tables, {"morphology": "X_morphology"}, options.seeds)
+        cross_validation("synthetic", tables, {"morphology": "X_morphology"}, options.seeds, options.part)
     print_tables()
 
 
