@@ -240,7 +240,10 @@ def runs() -> Iterator[tuple[str, str, str, pd.DataFrame]]:
             pd.read_parquet(path).assign(seed=int(seed.split("-")[-1]))
         )
     for (task, embedding, panel), tables in found.items():
-        yield task, embedding, panel, pd.concat(tables, ignore_index=True)
+        scores = pd.concat(tables, ignore_index=True)
+        # Of the measurement alone: the same for all models.
+        of_gene = scores.groupby(["section", "gene"])["split_half"].transform("first")
+        yield task, embedding, panel, scores.assign(split_half=scores["split_half"].fillna(of_gene))
 
 
 def spread_over_patients(patients: pd.DataFrame, label: str) -> str:

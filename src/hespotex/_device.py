@@ -29,8 +29,15 @@ def resolve_device(device: str | None = None) -> torch.device:
             name = "mps"
         else:
             name = "cpu"
-    chosen = torch.device(name)
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if chosen.type in available and not available[chosen.type]():
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise DataValueError(
+            f"device={name!r} is unknown; use 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
+        ) from error
+    missing = (chosen.type == "cuda" and not torch.cuda.is_available()) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
         raise DataValueError(f"device={name!r} is not available here; use device='auto' or 'cpu'")
     return chosen

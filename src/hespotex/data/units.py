@@ -5,7 +5,7 @@ A prediction carries the name of its unit, and comparing two units is an error.
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from scipy import sparse
@@ -46,7 +46,8 @@ def normalize(
     An observation without counts stays all zero.
     """
     check_unit(unit)
-    values = np.asarray(counts.toarray() if sparse.issparse(counts) else counts, dtype=np.float64)
+    dense: Any = counts
+    values = np.asarray(dense.toarray() if sparse.issparse(counts) else dense, dtype=np.float64)
     if unit == "counts":
         return values.astype(np.float32)
     scale = _row_scale(values.sum(axis=1), library_size, unit)

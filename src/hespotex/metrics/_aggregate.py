@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def aggregate(
             stacklevel=2,
         )
     kept = sections[~small]
-    values = [name for name in sections if not name.startswith("n_") and name != ERROR]
+    values = [name for name in sections if not str(name).startswith("n_") and name != ERROR]
     counts = [name for name in ("n_undefined", "n_flat") if name in sections]
     per_patient = kept.groupby([*by, "patient"], sort=False, observed=True)
     patients = per_patient[values].mean().join(per_patient[counts].sum())
@@ -233,7 +233,7 @@ def _above_zero(scores: pd.DataFrame, metric: str, by: list[str], seed: int, n_d
     import pandas as pd
 
     per_patient = scores.groupby([*by, "gene", "patient"], sort=False, observed=True)[metric].mean().unstack("patient")
-    shares = {}
+    shares: dict[Any, float] = {}
     for name, group in per_patient.groupby(by, sort=False, observed=True):
         values = group.to_numpy(dtype=np.float64)
         values = values[:, ~np.isnan(values).all(axis=0)]
@@ -249,6 +249,8 @@ def _above_zero(scores: pd.DataFrame, metric: str, by: list[str], seed: int, n_d
         means = np.divide(np.nan_to_num(values) @ times, weight, out=np.full(weight.shape, np.nan), where=weight > 0)
         shares[name if len(by) > 1 else name[0]] = float((np.nanquantile(means, 0.025, axis=1) > 0).mean())
     index = (
-        pd.MultiIndex.from_tuples(shares, names=by) if len(by) > 1 and shares else pd.Index(list(shares), name=by[0])
+        pd.MultiIndex.from_tuples(list(shares), names=by)
+        if len(by) > 1 and shares
+        else pd.Index(list(shares), name=by[0])
     )
     return pd.Series(list(shares.values()), index=index, dtype=np.float64)

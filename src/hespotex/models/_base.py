@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -177,12 +177,16 @@ def _resolve_config(kind: type, config: Any, options: Mapping[str, Any]) -> Any:
             )
         return kind(**values)
     if isinstance(config, kind):
-        return replace(config, **options) if options else config
+        return kind(**{**_values(config), **options}) if options else config
     raise DataTypeError(f"config must be a {kind.__name__}, a mapping or None, got {type(config).__name__}")
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
     """Plain JSON values of a config dataclass."""
-    if not is_dataclass(config):
+    if not is_dataclass(config) or isinstance(config, type):
         raise DataTypeError(f"a model's config must be a dataclass, got {type(config).__name__}")
     return asdict(config)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name) for each in fields(config)}

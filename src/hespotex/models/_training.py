@@ -138,8 +138,8 @@ def fit_lightning(
     precision = run.precision or ("16-mixed" if device.type == "cuda" else "32-true")
     path = None
     if run.checkpoint_dir is not None:
-        settings = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle, run.seed)
-        settings += (device.type, precision)
+        loop = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle)
+        settings = (*loop, run.seed, device.type, precision)
         mark = _fingerprint(module, items, validation, settings)
         path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
     order = _Order(items, run.seed, shuffle=shuffle, visit=visit)
@@ -230,7 +230,8 @@ def _watcher(
 
         def __init__(self) -> None:
             self.history: list[dict[str, float]] = []
-            self.best_epoch, self.best_score, self.best_weights = 0, float("nan"), None
+            self.best_epoch, self.best_score = 0, float("nan")
+            self.best_weights: dict[str, torch.Tensor] | None = None
             self.finished = False
             self.bar: Any = None
             self.sums: dict[str, torch.Tensor] = {}

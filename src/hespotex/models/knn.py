@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KNN", "KNNConfig"]
 
-_METRICS = ("cosine", "euclidean")
+_METRICS: tuple[Metric, ...] = ("cosine", "euclidean")
 _QUERY_ROWS = 1024
 _FALLBACK_K = 20  # where there are too few observations to choose
 

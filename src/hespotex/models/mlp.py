@@ -208,7 +208,7 @@ def _step(config: MLPConfig, network: nn.Module) -> Any:
     import torch
     from torch.nn import functional
 
-    class Step(lightning.LightningModule):
+    class Step(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.network = network

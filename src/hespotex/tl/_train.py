@@ -215,7 +215,7 @@ def _panel(
         options = {"method": gene_selection}
     if n_top_genes is not None:
         options["n_top"] = n_top_genes
-    return tuple(select_genes(items, layer=counts_layer, table_key=table_key, copy=True, **options))
+    return tuple(select_genes(items, layer=counts_layer, table_key=table_key, copy=True, **options) or ())
 
 
 def _shared(entries: list[Mapping[str, Any]], what: str, remedy: str) -> dict[str, Any]:
@@ -281,6 +281,5 @@ def _tiles(views: list[SectionView], embedding_key: str) -> dict[str, Any]:
         if (radius := embedding_entry(view.table.adata, embedding_key).get("spot_radius_um")) is not None
     ]
     pitch = float(np.median([lattice.pitch for lattice in known]))
-    tiles = {"pitch_um": pitch, "lattice": max(set(kinds), key=kinds.count)}
-    tiles["diameter_um"] = 2 * float(np.median(radii)) if radii else pitch / 2
-    return tiles
+    diameter = 2 * float(np.median(radii)) if radii else pitch / 2
+    return {"pitch_um": pitch, "lattice": max(set(kinds), key=kinds.count), "diameter_um": diameter}

@@ -11,7 +11,7 @@ from ..metrics import Windows, lattice_windows
 __all__ = ["windows_of"]
 
 
-def windows_of(array: np.ndarray | None, coordinates: np.ndarray, name: str) -> Windows:
+def windows_of(array: np.ndarray | None, coordinates: np.ndarray | None, name: str) -> Windows:
     """Windows of section `name`.
 
     Raises
@@ -19,7 +19,7 @@ def windows_of(array: np.ndarray | None, coordinates: np.ndarray, name: str) -> 
     MissingKeyError
         If the section has no array positions, or its coordinates lie on no lattice.
     """
-    lattice = detect_lattice(coordinates)
+    lattice = None if coordinates is None else detect_lattice(coordinates)
     if array is None or lattice is None:
         raise MissingKeyError(
             f"metric 'ssim' needs a regular array: section {name!r} "

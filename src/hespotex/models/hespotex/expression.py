@@ -64,7 +64,7 @@ def _stage(config: HESpotExConfig, gate: GATE, sizes: Sequence[int]) -> Any:
     """The Lightning module; `sizes` are the sections' numbers of observations in sequential order, else empty."""
     lightning = optional_import("lightning.pytorch", feature="training neural models")
 
-    class ExpressionStage(lightning.LightningModule):
+    class ExpressionStage(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.gate = gate

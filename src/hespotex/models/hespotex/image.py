@@ -81,7 +81,7 @@ def fit_image_stream(
 def _stage(config: HESpotExConfig, members: nn.ModuleList) -> Any:
     lightning = optional_import("lightning.pytorch", feature="training neural models")
 
-    class ImageStage(lightning.LightningModule):
+    class ImageStage(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.members = members
@@ -91,7 +91,7 @@ def _stage(config: HESpotExConfig, members: nn.ModuleList) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
         def training_step(self, item: ImageItem, batch_idx: int) -> Any:
-            mse = align = 0.0
+            mse = align = torch.zeros((), device=item.features.device)
             for member in self.members:
                 embedding, predicted = _forward(member, item, config.chunk)
                 mse = mse + F.mse_loss(_counted(predicted, item), _counted(item.target, item))
@@ -101,7 +101,7 @@ def _stage(config: HESpotExConfig, members: nn.ModuleList) -> Any:
             return {"loss": mse + self.align_weight * align, "mse": mse, "align": align}
 
         def validation_step(self, item: ImageItem, batch_idx: int) -> Any:
-            mean = sum(_forward(member, item, config.chunk)[1] for member in self.members) / len(self.members)
+            mean = torch.stack([_forward(member, item, config.chunk)[1] for member in self.members]).mean(dim=0)
             error = _counted(mean, item) - _counted(item.target, item)
             # A section's own level is beyond the image's reach and says nothing about the pattern within.
             return {"mse": (error - error.mean(dim=0)).square().mean()}

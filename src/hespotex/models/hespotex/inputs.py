@@ -81,7 +81,7 @@ class Inputs:
         inputs = cls(config, centre.astype(np.float32), None, None, nuclei)
         if config.standardize == "none":
             return inputs
-        square = magnitude = 0.0
+        square, magnitude = np.zeros(1), np.zeros(1)
         for section in sections:
             square = square + np.square(inputs._with_context(section), dtype=np.float64).sum(axis=0)
             magnitude = np.maximum(magnitude, np.abs(read_features(section)).max(axis=0))
@@ -136,6 +136,7 @@ class Inputs:
         elif self.config.standardize == "global":
             features = features - self.centre
         if self.config.nuclei == "feature":
+            assert self.nuclei is not None
             share = np.log1p(_nuclei(self.config, section)) / np.log1p(self.nuclei)
             features = np.column_stack([features, (share - share.mean()).astype(np.float32)])
         if not self.config.context:

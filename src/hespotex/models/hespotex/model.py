@@ -73,10 +73,6 @@ class HESpotEx(Model[HESpotExConfig]):
         paper="10.1038/s43588-026-00992-0",
     )
 
-    def __init__(self, config: Any | Mapping[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.info = replace(type(self).info, needs=self.config.needs)
-
     @classmethod
     def preset(cls, name: str) -> HESpotExConfig:
         """``"default"``, or ``"paper"``: what the authors do, less what looks at the section to be predicted."""
@@ -193,7 +189,7 @@ class HESpotEx(Model[HESpotExConfig]):
 
     def _fit_expression_stream(
         self, sections: Sequence[Section], targets: Sequence[np.ndarray], run: Run, fits: list[Fit]
-    ) -> list[np.ndarray | None]:
+    ) -> Sequence[np.ndarray | None]:
         """Spot embeddings of the sections, or as many ``None``."""
         if self.config.align_weight == 0:
             return [None] * len(sections)
@@ -268,7 +264,7 @@ class HESpotEx(Model[HESpotExConfig]):
         factor = None if inputs.factor is None else torch.from_numpy(inputs.factor[rows]).to(device)
         with torch.inference_mode():
             outputs = [
-                member.decode(embedding[rows], steps[:, rows], factor)
+                member.decode(embedding[rows], steps[:, rows], factor)  # type: ignore[operator]
                 for member, (embedding, steps) in zip(self._members, encoded, strict=True)
             ]
             values = torch.stack(outputs).mean(dim=0).float().cpu().numpy()
@@ -281,16 +277,16 @@ class HESpotEx(Model[HESpotExConfig]):
 
 
 def _item(inputs: ImageInputs, target: np.ndarray, spots: np.ndarray | None) -> ImageItem:
-    def tensor(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
 
     return ImageItem(
         features=tensor(inputs.features),
         edges=tensor(inputs.edges),
         weights=tensor(inputs.weights),
-        factor=tensor(inputs.factor),
+        factor=None if inputs.factor is None else tensor(inputs.factor),
         target=tensor(target),
-        spots=tensor(spots),
+        spots=None if spots is None else tensor(spots),
     )
 
 

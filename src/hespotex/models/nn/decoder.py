@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -178,7 +179,7 @@ class ImageStream(nn.Module):
         return expression if factor is None else factor * expression
 
 
-def _recomputed(function: nn.Module, *arguments: Tensor | None) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
     """Call `function`; in training its intermediates are computed again in the backward pass and not kept."""
     if torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)
