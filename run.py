@@ -3,9 +3,10 @@
 
     python3 run.py demo        install, then run `hespotex demo`
     python3 run.py test        install with everything optional, then run the tests
-    python3 run.py lint        ruff check and format check
+    python3 run.py lint        ruff check and format check, and mypy
     python3 run.py docs        build the documentation, warnings are errors
-    python3 run.py <command>   any other command of the `hespotex` program
+    python3 run.py install     install and stop
+    python3 run.py <command>   any other command of the `hespotex` program, in the folder it is called from
 
 Needs Python 3.11 or newer and nothing else. Packages come through uv, and through pip where uv cannot be
 had. Set HESPOTEX_VENV to put the environment elsewhere.
@@ -34,7 +35,7 @@ CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 # What each command needs: (extras, dependency groups).
 NEEDS = {
     "test": (("all",), ("test",)),
-    "lint": ((), ("test",)),
+    "lint": ((), ("test", "typecheck")),
     "docs": ((), ("doc",)),
 }
 
@@ -53,7 +54,9 @@ def main(arguments: list[str]) -> int:
     except InstallError as error:
         print(error, file=sys.stderr)
         return 1
-    return max((run(step, check=False) for step in steps(command, rest)), default=0)
+    where = ROOT if command in NEEDS else Path.cwd()  # paths given to the program are the caller's
+    codes = [run(step, check=False, cwd=where) for step in steps(command, rest)]
+    return next((exit_code(code) for code in codes if code), 0)
 
 
 def steps(command: str, rest: list[str]) -> list[list[str]]:
@@ -65,7 +68,8 @@ def steps(command: str, rest: list[str]) -> list[list[str]]:
             os.environ.setdefault(name, "1")
         return [[python, "-m", "pytest", "-n", str(workers), *rest]]
     if command == "lint":
-        return [[python, "-m", "ruff", "check", *rest], [python, "-m", "ruff", "format", "--check"]]
+        ruff = [python, "-m", "ruff"]
+        return [[*ruff, "check", *rest], [*ruff, "format", "--check"], [python, "-m", "mypy"]]
     if command == "docs":
         return [[python, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *rest]]
     if command == "install":
@@ -161,9 +165,14 @@ def has_nvidia_gpu() -> bool:
     return program is not None and subprocess.run([program, "-L"], capture_output=True, check=False).returncode == 0
 
 
-def run(command: list[str], *, check: bool = True, env: dict[str, str] | None = None) -> int:
-    """Run a program in the repository and return its exit code."""
-    code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+def exit_code(code: int) -> int:
+    """The exit code of a step, with that of the shell where a signal killed it."""
+    return 128 - code if code < 0 else code
+
+
+def run(command: list[str], *, check: bool = True, env: dict[str, str] | None = None, cwd: Path = ROOT) -> int:
+    """Run a program, in the repository unless `cwd` is given, and return its exit code."""
+    code = subprocess.run(command, cwd=cwd, env=env, check=False).returncode
     if check and code != 0:
         raise InstallError(f"failed with exit code {code}: {' '.join(command)}")
     return code

@@ -57,12 +57,19 @@ def test_train_predict_evaluate_from_store_to_store(stores, model, tmp_path):
     import spatialdata
 
     before = sorted(path.name for path in (stores[1] / "tables" / "table" / "obsm").iterdir())
-    out, table = tmp_path / "predicted.zarr", tmp_path / "scores.csv"
+    out, table = tmp_path / "new" / "predicted.zarr", tmp_path / "also_new" / "scores.csv"
     assert runner.invoke(cli.app, ["predict", str(stores[1]), "-m", str(model), "-o", str(out)]).exit_code == 0
     result = runner.invoke(cli.app, ["evaluate", str(out), "--out", str(table)])
     assert result.exit_code == 0, result.output
     scores = pd.read_csv(table)
     assert (scores["model"] == "ridge").sum() == 20
+    printed = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.split()[1:]}
+    own = scores[scores["model"] == "ridge"]
+    assert [float(number) for number in printed["ridge"][:3]] == pytest.approx(
+        [own["pearson"].mean(), own["pearson"].median(), own["rmse"].mean()], abs=6e-4
+    )
+    assert {"null_shuffle:ridge", "null_random_gene:ridge"} < set(printed)
+    assert "ceiling" in result.stdout
     assert hx.get.prediction(spatialdata.read_zarr(out), "ridge").n_vars == 20
     assert sorted(path.name for path in (stores[1] / "tables" / "table" / "obsm").iterdir()) == before
 
@@ -92,6 +99,44 @@ def test_what_went_wrong_is_one_sentence_without_traceback(tmp_path, stores):
     assert _program("train").returncode == 2
 
 
+def test_a_warning_is_one_line_and_those_of_libraries_are_silent(capsys, monkeypatch):
+    import warnings
+
+    def noisy():
+        warnings.warn("mpp=0.2 was given, but the file states 0.5", hx.errors.HespotexWarning, stacklevel=1)
+        warnings.warn("zarr will change", FutureWarning, stacklevel=1)
+        raise hx.errors.DataValueError("pass mpp=, n_top_genes= or overwrite=True")
+
+    monkeypatch.setattr(cli, "app", noisy)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+    assert capsys.readouterr().err.splitlines() == [
+        "Warning: --mpp 0.2 was given, but the file states 0.5",
+        "Error: pass --mpp, --n-top-genes or --overwrite",
+    ]
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path, stores):
+    (tmp_path / "file").write_text("")
+    result = _program("evaluate", str(stores[0]), "--out", str(tmp_path / "file" / "scores.csv"))
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_seed_of_the_settings_holds_where_none_is_given(stores, tmp_path):
+    options = ["--model", "mean", "--n-top-genes", "20"]
+    with hx.settings.override(seed=7):
+        for name, more in (("default", []), ("given", ["--seed", "3"])):
+            out = tmp_path / name
+            assert runner.invoke(cli.app, ["train", str(stores[0]), "-o", str(out), *options, *more]).exit_code == 0
+    assert hx.models.load(tmp_path / "default").recipe.training["seed"] == 7
+    assert hx.models.load(tmp_path / "given").recipe.training["seed"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,7 +144,14 @@ def test_what_went_wrong_is_one_sentence_without_traceback(tmp_path, stores):
         (["predict", "{store}", "-m", "x", "-o", "{there}"], "add --overwrite"),
         (["train", "{store}", "-o", "{there}"], "add --overwrite"),
         (["demo", "--out", "{there}"], "holds other files"),
-        (["predict", "{store}", "-m", "x", "-o", "{new}"], "does not exist; save a model"),
+        (["predict", "{store}", "-m", "x", "-o", "{new}"], "--model x does not exist; hespotex train"),
+        (["train", "{store}", "-o", "{there}", "--overwrite"], "is no saved model"),
+        (["predict", "{store}", "-m", "x", "-o", "{there}", "--overwrite"], "is no zarr store"),
+        (["train", "{store}", "{store}", "-o", "{new}"], "given more than once"),
+        (["train", "{there}/biopsy.png", "-o", "{new}"], "training needs SpatialData stores"),
+        (["train", "{there}", "-o", "{new}"], "cannot be read as a SpatialData store"),
+        (["evaluate", "{there}"], "cannot be read as a SpatialData store"),
+        (["evaluate", "{store}", "--out", "{there}"], "is a folder; name a CSV file"),
         (["train", "{store}", "-o", "{new}", "--model", "rigde"], "did you mean 'ridge'"),
     ],
 )
@@ -107,11 +159,47 @@ def test_refusals_name_the_way_out(arguments, message, stores, tmp_path):
     there = tmp_path / "there"
     there.mkdir()
     (there / "thesis.txt").write_text("mine")
+    (there / "biopsy.png").write_bytes(b"")
     places = {"store": stores[0], "there": there, "new": tmp_path / "new.zarr"}
     result = runner.invoke(cli.app, [argument.format(**places) for argument in arguments])
     assert isinstance(result.exception, hx.errors.HespotexError)
     assert message in str(result.exception)
     assert (there / "thesis.txt").read_text() == "mine"
+
+
+def test_run_py_keeps_the_callers_folder_and_sees_a_killed_step(tmp_path, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("run", Path(__file__).parents[1] / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    calls = []
+
+    def record(command, *, cwd, **_):
+        calls.append(cwd)
+        return subprocess.CompletedProcess(command, -9 if len(calls) == 1 else 0)
+
+    monkeypatch.setattr(run, "install", lambda *_: None)
+    monkeypatch.setattr(run.subprocess, "run", record)
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["lint"]) == 128 + 9
+    assert run.main(["predict", "biopsy.png"]) == 0
+    assert calls == [run.ROOT, run.ROOT, run.ROOT, tmp_path]
+
+
+@pytest.mark.parametrize("patient", range(4))
+def test_the_small_pieces_of_the_demo_are_whole_and_hold_several_regions(patient):
+    import numpy as np
+
+    from hespotex.datasets._tissue import Region, make_tissue
+
+    rng = np.random.default_rng([0, patient])
+    mixture = {"tumour": 0.25, "adipose": 1.25, "immune": 1.7, "glands": 14.0}
+    region = make_tissue(rng, (800.0, 800.0), mixture).region
+    border = np.concatenate([region[0], region[-1], region[:, 0], region[:, -1]])
+    assert (border == Region.GLASS).all()
+    assert 0.5 < (region != Region.GLASS).mean() < 0.85
+    assert len(np.unique(region)) >= 4
 
 
 @pytest.mark.slow

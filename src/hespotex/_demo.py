@@ -39,7 +39,7 @@ FULL = Size(n_train=4, size_px=1600, n_genes=120)
 QUICK = Size(n_train=3, size_px=1200, n_genes=80)
 
 
-def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
+def run_demo(out: Path, *, seed: int | None, quick: bool, step: Step) -> Path:
     """Run the demo and return the path of its report.
 
     Parameters
@@ -47,7 +47,7 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
     out
         Folder to write to; one that exists must be empty or an earlier demo's.
     seed
-        Seed of the synthetic world and of the models.
+        Seed of the synthetic world and of the models; ``settings.seed`` by default.
     quick
         Fewer and smaller patients.
     step
@@ -62,6 +62,7 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
         raise DataValueError(f"--out {out} holds other files; name a folder that is empty or does not exist")
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
+    seed = settings.seed if seed is None else seed
     size = QUICK if quick else FULL
     simulate: dict[str, Any] = {"size_px": size.size_px, "n_genes": size.n_genes, "seed": seed}
     spots: dict[str, Any] = {"pitch_um": 60, "diameter_um": 50}
@@ -89,8 +90,9 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
                 tl.predict(test, model)
             tl.predict(slide, models["hespotex"])
         with step("Scoring, beside null models and the noise ceiling"):
-            tl.evaluate(test, list(KEYS), reference=train)
+            tl.evaluate(test, list(KEYS), nulls=False)  # stored with the genes, for the titles of the maps
             scores = tl.evaluate(test, list(KEYS), reference=train, copy=True)
+            assert scores is not None  # copy=True
             summary = summarise(scores)
             scores.to_csv(out / "scores.csv", index=False)
             summary.to_csv(out / "metrics.csv")
@@ -98,17 +100,19 @@ def run_demo(out: Path, *, seed: int, quick: bool, step: Step) -> Path:
             genes = _markers(test, models["hespotex"])
             _draw(out, train, test, slide, models, genes, scores)
     report = out / "report.md"
-    report.write_text(_report(summary, train, test, genes, models["hespotex"]))
+    report.write_text(_report(out, summary, train, test, genes, models["hespotex"]), encoding="utf-8")
     return report
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean and median correlation, error and share of the ceiling, models first, then nulls."""
+    """Mean and median correlation, error, noise ceiling and share of it: models from best to worst, then nulls."""
+    import pandas as pd
+
     from .metrics import aggregate
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one patient says nothing about others, which the report says too
-        table = aggregate(scores).set_index("model")
+        table = aggregate(scores, min_spots=1).set_index("model")
     columns = {
         "pearson": "mean r",
         "pearson_median": "median r",
@@ -117,8 +121,9 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
         "ceiling": "ceiling",
     }
     table = table[[name for name in columns if name in table]].rename(columns=columns)
-    is_null = table.index.str.startswith("null")
-    return table.iloc[sorted(range(len(table)), key=lambda row: (is_null[row], -table["mean r"].iloc[row]))]
+    falling = table.sort_values("mean r", ascending=False, kind="stable")
+    is_null = falling.index.str.startswith("null")
+    return pd.concat([falling[~is_null], falling[is_null]])
 
 
 def _markers(test: SpatialData, model: Model) -> list[str]:
@@ -142,9 +147,9 @@ def _draw(
 
     from . import pl
 
-    pl.spatial(test, genes, "hespotex", size=0.8, save=out / "held_out_patient.png")
+    pl.spatial(test, genes, "hespotex", save=out / "held_out_patient.png")
     pl.predicted_vs_measured(test, genes, "hespotex", save=out / "predicted_vs_measured.png")
-    pl.spatial(slide, genes, size=0.8, save=out / "image_only_slide.png")
+    pl.spatial(slide, genes, save=out / "image_only_slide.png")
     pl.gene_correlation(
         scores, title=f"one unseen patient, {len(train)} for training", save=out / "gene_correlation.png"
     )
@@ -153,7 +158,12 @@ def _draw(
 
 
 def _report(
-    summary: pd.DataFrame, train: Sequence[SpatialData], test: SpatialData, genes: Sequence[str], model: Model
+    out: Path,
+    summary: pd.DataFrame,
+    train: Sequence[SpatialData],
+    test: SpatialData,
+    genes: Sequence[str],
+    model: Model,
 ) -> str:
     n_train = sum(sdata["table"].n_obs for sdata in train)
     rows = ["| model | " + " | ".join(summary.columns) + " |", "| --- |" + " ---: |" * summary.shape[1]]
@@ -204,7 +214,7 @@ model = hx.tl.train(sections, "hespotex")
 hx.tl.predict(slide, model)                    # a slide with no expression at all
 ```
 
-The models trained here are in `hespotex.hx` and `ridge.hx`: `hx.tl.predict(slide, "hespotex-demo/hespotex.hx")`.
+The models trained here are in `hespotex.hx` and `ridge.hx`: `hx.tl.predict(slide, "{(out / "hespotex.hx").as_posix()}")`.
 
 ![training](training.png)
 """

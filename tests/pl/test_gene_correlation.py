@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 
 import hespotex as hx
 from hespotex.errors import DataTypeError, DataValueError, MissingKeyError
@@ -26,6 +27,10 @@ def _labels(ax):
     return [text.get_text() for text in ax.get_yticklabels()]
 
 
+def _dots(ax):
+    return [artist for artist in ax.collections if isinstance(artist, PathCollection)]
+
+
 def _mean_bars(ax):
     return [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1 and line.get_linewidth() == 1.6]
 
@@ -33,6 +38,41 @@ def _mean_bars(ax):
 def test_models_by_falling_mean_then_nulls(scores):
     assert _labels(hx.pl.gene_correlation(scores)) == ["hespotex", "ridge", "null_density", "null_train_mean"]
     assert _labels(hx.pl.gene_correlation(scores, models=["ridge"])) == ["ridge"]
+    assert _labels(hx.pl.gene_correlation(scores, models="ridge")) == ["ridge"]
+
+
+def test_the_least_error_is_on_top_and_colours_stay(scores):
+    def colours(ax):
+        return dict(zip(_labels(ax), [tuple(dots.get_facecolor()[0, :3]) for dots in _dots(ax)], strict=True))
+
+    scores["rmse"] = scores["pearson"] + 1  # the best in one is the worst in the other
+    scores.attrs["unit"] = "log1p_cp10k"
+    ax = hx.pl.gene_correlation(scores, metric="rmse")
+    assert _labels(ax) == ["ridge", "hespotex", "null_train_mean", "null_density"]
+    assert ax.get_xlabel() == "root mean squared error per gene, within sections (log1p CP10k)"
+    assert colours(ax) == colours(hx.pl.gene_correlation(scores))
+
+
+def test_nulls_of_a_constant_prediction_are_drawn_on_request_only(scores):
+    mean = scores[scores["model"] == "null_train_mean"].assign(flat=True)
+    shuffled = mean.assign(model="null_shuffle:mean")
+    scores = pd.concat([scores.assign(flat=False), mean.assign(model="mean"), shuffled], ignore_index=True)
+    assert _labels(hx.pl.gene_correlation(scores)) == ["hespotex", "ridge", "mean", "null_density", "null_train_mean"]
+    assert _labels(hx.pl.gene_correlation(scores, models="null_shuffle:mean")) == ["null_shuffle:mean"]
+
+
+def test_small_sections_are_left_out_or_kept_on_request(scores):
+    scores["n_spots"] = scores["section"].map({"A1": 100, "A2": 100, "B1": 15})
+    scores.loc[scores["section"] == "B1", "pearson"] = 0.9
+    assert max(_mean_bars(hx.pl.gene_correlation(scores))) < 0.5
+    assert max(_mean_bars(hx.pl.gene_correlation(scores, min_spots=1))) > 0.6
+    with pytest.raises(DataValueError, match="min_spots=20 spots, the largest has 15"):
+        hx.pl.gene_correlation(scores[scores["section"] == "B1"])
+
+
+def test_negative_means_have_a_minus_sign(scores):
+    scores["pearson"] -= 1
+    assert any(text.get_text().startswith("−0.") for text in hx.pl.gene_correlation(scores).texts)
 
 
 def test_patients_weigh_equally():
@@ -61,5 +101,9 @@ def test_bad_tables_are_named(scores):
         hx.pl.gene_correlation(scores, metric="ssim")
     with pytest.raises(MissingKeyError, match="bleep"):
         hx.pl.gene_correlation(scores, models=["bleep"])
+    with pytest.raises(DataValueError, match=r"metric='n_spots' is no score; possible: 'pearson'"):
+        hx.pl.gene_correlation(scores.assign(n_spots=100), metric="n_spots")
+    with pytest.raises(DataValueError, match="models is empty"):
+        hx.pl.gene_correlation(scores, models=[])
     with pytest.raises(DataValueError, match="no gene has a defined"):
         hx.pl.gene_correlation(scores.assign(pearson=np.nan))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import hespotex as hx
-from hespotex.errors import MissingKeyError
+from hespotex.errors import DataTypeError, DataValueError, MissingKeyError
 
 from .conftest import make_section
 
@@ -32,3 +32,22 @@ def test_measured_genes_are_drawn_and_unmeasured_ones_named():
     assert [ax.get_title() for ax in hx.pl.predicted_vs_measured(section, "EPCAM").axes] == ["EPCAM"]
     with pytest.raises(MissingKeyError, match=r"genes=\['CD4'\].*no measurement of them"):
         hx.pl.predicted_vs_measured(section, ["EPCAM", "CD4"])
+
+
+def test_a_flat_prediction_keeps_regular_hexagons_with_a_scale(section):
+    figure = hx.pl.predicted_vs_measured(section, "COL1A1", hexbin=True)
+    ax, bar = figure.axes
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_aspect() == 1
+    hexagon = ax.collections[0].get_paths()[0].get_extents()
+    assert hexagon.height / hexagon.width == pytest.approx(2 / np.sqrt(3), rel=0.05)
+    assert bar.get_ylabel() == "spots"
+
+
+def test_arguments_that_cannot_be_drawn_are_named(section):
+    with pytest.raises(DataValueError, match="title has 1 entries for 2 genes"):
+        hx.pl.predicted_vs_measured(section, ["EPCAM", "CD4"], title="x")
+    with pytest.raises(DataValueError, match="ncols=0"):
+        hx.pl.predicted_vs_measured(section, "CD4", ncols=0)
+    with pytest.raises(DataTypeError, match=r"data must be the SpatialData or AnnData.*got str"):
+        hx.pl.predicted_vs_measured("section.zarr", "CD4")

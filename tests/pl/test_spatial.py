@@ -6,7 +6,7 @@ import pytest
 from matplotlib.collections import EllipseCollection
 
 import hespotex as hx
-from hespotex.errors import AmbiguousKeyError, DataValueError, MissingKeyError
+from hespotex.errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
 
 from .conftest import GENES, make_section
 
@@ -27,10 +27,51 @@ def test_measured_stands_above_predicted_on_the_image_in_microns(section):
     assert all(len(ax.images) == 1 for ax in panels)
     assert panels[2].get_xlabel() == "x (µm)"
     assert panels[0].get_ylabel() == "y (µm)"
-    assert panels[0].get_xlim() == pytest.approx((0, 80), abs=1)  # 160 px of 0.5 µm
-    low, high = sorted(panels[0].get_ylim())
-    assert panels[0].get_ylim()[0] > panels[0].get_ylim()[1]  # y runs down
-    assert (low, high) == pytest.approx((0, 60), abs=1)
+    assert panels[0].get_xlim() == pytest.approx((3.8, 76.2), abs=0.1)  # spots reach from 6.5 to 73.5 µm
+    assert panels[0].get_ylim() == pytest.approx((56.2, 3.8), abs=0.1)  # y runs down
+
+
+def _seen(ax):
+    """Share of the panel that the image covers, and pixels of it per unit of the axes."""
+    (image,) = ax.images
+    left, right, bottom, top = image.get_extent()
+    corners = (image.get_transform() - ax.transData).transform([[left, top], [right, bottom]])
+    (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
+    (x0, x1), (y1, y0) = ax.get_xlim(), ax.get_ylim()
+    width, height = min(right, x1) - max(left, x0), min(bottom, y1) - max(top, y0)
+    return width * height / ((x1 - x0) * (y1 - y0)), image.get_array().shape[1] / (right - left)
+
+
+@pytest.mark.parametrize("scale_factors", [None, [2, 2, 2]])
+def test_a_small_tissue_on_a_large_slide_fills_the_panel_and_is_sharp(section, scale_factors):
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    pixels = np.random.default_rng(0).integers(150, 250, (3, 1500, 2000), dtype=np.uint8)
+    to = {"microns": Scale([0.5, 0.5], axes=("x", "y"))}
+    section["image"] = Image2DModel.parse(
+        pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=to, scale_factors=scale_factors
+    )
+    covered, pixels_per_um = _seen(hx.pl.spatial(section, "CD4", measured=False).axes[0])
+    assert covered == pytest.approx(1)
+    assert pixels_per_um > 1.5  # of the 2 that the image has
+
+
+def test_the_panel_ends_where_the_image_does(section):
+    section["spots"]["radius"] = 25.0  # beyond the image on all sides
+    ax = hx.pl.spatial(section, "CD4", measured=False).axes[0]
+    assert ax.get_xlim() == pytest.approx((0, 80))
+    assert _seen(ax)[0] == pytest.approx(1, abs=0.01)  # spatialdata-plot draws half a pixel off
+
+
+def test_colour_bars_point_where_values_are_cut_off(section):
+    def ends(**limits):
+        bar = hx.pl.spatial(section["table"], "EPCAM", measured=False, **limits).axes[-1]._colorbar
+        return bar.extend
+
+    assert ends(vmin=1, vmax=2) == "both"
+    assert ends(vmin=-1, vmax=99) == "neither"
+    assert ends(vmin=-1, vmax=2) == "max"
 
 
 def test_drawing_leaves_the_object_as_it_was(section):
@@ -48,7 +89,7 @@ def test_an_anndata_is_drawn_as_circles_with_the_values_of_the_prediction(sectio
     pred = hx.get.prediction(section["table"])
     assert _colours(figure.axes[0]) == pytest.approx(pred[:, "EPCAM"].layers["measured"].ravel())
     assert _colours(figure.axes[1]) == pytest.approx(pred[:, "EPCAM"].X.ravel())
-    assert figure.axes[1].get_xlabel() == "x (px)"
+    assert figure.axes[1].get_xlabel() == "x"  # in a unit that nothing says
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -121,3 +162,7 @@ def test_what_is_missing_is_named(section):
     section["second"] = section["image"]
     with pytest.raises(AmbiguousKeyError, match="image_key="):
         hx.pl.spatial(section, "CD4")
+    with pytest.raises(DataValueError, match="ncols=0"):
+        hx.pl.spatial(section["table"], "CD4", ncols=0)
+    with pytest.raises(DataTypeError, match="got list"):
+        hx.pl.spatial([section], "CD4")

@@ -2,33 +2,44 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 
 import hespotex as hx
-from hespotex.errors import DataValueError, MissingKeyError
+from hespotex.errors import DataTypeError, DataValueError, MissingKeyError
 
 
 def _model(history):
     return SimpleNamespace(history=history, info=SimpleNamespace(name="hespotex"))
 
 
-HISTORY = [{"epoch": epoch, "loss": 1 / epoch, "val_loss": 2 / epoch} for epoch in range(1, 6)]
+HISTORY = [{"epoch": epoch, "loss": 1 / epoch, "val_loss": abs(epoch - 3) + 1} for epoch in range(1, 6)]
+STAGES = [{"epoch": epoch, "expression_loss": 1 / epoch} for epoch in range(1, 8)] + [
+    {"epoch": epoch, "loss": 2 / epoch, "mse": 1 / epoch, "align": 1.0, "val_mse": 3 / epoch} for epoch in range(1, 4)
+]
 
 
-def test_one_line_per_column():
-    ax = hx.pl.training(_model(HISTORY))
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["loss", "val loss"]
+def _legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_one_line_per_column_and_a_mark_at_the_epoch_of_least_error():
+    (ax,) = hx.pl.training(_model(HISTORY), logy=True).axes
+    assert _legend(ax) == ["loss", "loss, left-out groups", "least error: epoch 3"]
     assert list(ax.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert ax.get_xlabel() == "epoch"
-
-
-def test_members_of_an_ensemble_share_colour_and_legend_entry():
-    history = [{**row, "member": member} for member in range(3) for row in HISTORY]
-    ax = hx.pl.training(_model(history), "loss", logy=True)
-    assert len(ax.lines) == 3
-    assert len({line.get_color() for line in ax.lines}) == 1
-    assert len(ax.get_legend().get_texts()) == 1
     assert ax.get_yscale() == "log"
+
+
+def test_each_stage_of_a_fit_has_a_panel():
+    figure = hx.pl.training(_model(STAGES))
+    assert [ax.get_title() for ax in figure.axes] == ["hespotex, stage 1 of 2", "hespotex, stage 2 of 2"]
+    assert [len(ax.lines[0].get_xdata()) for ax in figure.axes] == [7, 3]
+    assert _legend(figure.axes[0]) == ["loss of the expression embedding"]
+    assert all(ax.get_ylabel() == "loss" for ax in figure.axes)
+    assert len(hx.pl.training(_model(STAGES), "mse").axes) == 1
+    _, axes = plt.subplots(1, 2)
+    assert hx.pl.training(_model(STAGES), ax=axes) is axes[0].figure
 
 
 def test_what_cannot_be_drawn_is_said():
@@ -36,3 +47,7 @@ def test_what_cannot_be_drawn_is_said():
         hx.pl.training(_model([]))
     with pytest.raises(MissingKeyError, match="'accuracy'.*'loss'"):
         hx.pl.training(_model(HISTORY), "accuracy")
+    with pytest.raises(DataTypeError, match=r"got str; read a saved one with hx\.models\.load"):
+        hx.pl.training("model.hx")
+    with pytest.raises(DataValueError, match="columns is empty"):
+        hx.pl.training(_model(HISTORY), [])

@@ -10,6 +10,7 @@ import numpy as np
 __all__ = ["CELL_TYPES", "STEP_UM", "Cells", "Region", "Tissue", "make_tissue", "place_cells", "smooth_field"]
 
 STEP_UM: Final = 4.0  # grid of the anatomy
+FULL_UM: Final = 1000.0  # side from which a section holds the whole anatomy
 CELL_TYPES: Final = ("tumour", "epithelium", "fibroblast", "t_cell", "b_cell", "adipocyte")
 
 
@@ -147,12 +148,14 @@ def make_tissue(rng: np.random.Generator, size_um: tuple[float, float], mixture:
 
     shape = max(4, int(np.ceil(size_um[0] / STEP_UM))), max(4, int(np.ceil(size_um[1] / STEP_UM)))
     region = np.full(shape, Region.STROMA, dtype=np.int8)
+    # A small piece is drawn with a finer anatomy: else it is one region, or two with a straight border.
+    scale = float(np.clip(min(size_um) / FULL_UM, 0.5, 1))
 
-    fat = smooth_field(rng, shape, 150) + 0.15 * smooth_field(rng, shape, 30)
+    fat = smooth_field(rng, shape, 150 * scale) + (0.15 if scale == 1 else 0.3) * smooth_field(rng, shape, 30)
     region[fat > mixture["adipose"]] = Region.ADIPOSE
 
-    nests = 0.8 * smooth_field(rng, shape, 55) + 0.55 * smooth_field(rng, shape, 170)
-    nests += 0.12 * smooth_field(rng, shape, 12)
+    nests = 0.8 * smooth_field(rng, shape, 55 * scale) + 0.55 * smooth_field(rng, shape, 170 * scale)
+    nests += (0.12 if scale == 1 else 0.2) * smooth_field(rng, shape, 12)
     tumour = (nests > mixture["tumour"]) & (region != Region.ADIPOSE)
     region[tumour] = Region.TUMOUR
     depth = (distance_transform_edt(tumour) - distance_transform_edt(~tumour)).astype(np.float32) * STEP_UM
@@ -163,9 +166,10 @@ def make_tissue(rng: np.random.Generator, size_um: tuple[float, float], mixture:
     region[(immune > mixture["immune"]) & (region == Region.STROMA)] = Region.IMMUNE
 
     _carve_glands(rng, region, mixture["glands"])
-    region[~_outline(rng, shape)] = Region.GLASS
+    outline = _outline(rng, shape) if scale == 1 else _small_outline(rng, shape, min(size_um))
+    region[~outline] = Region.GLASS
 
-    swirl = [smooth_field(rng, shape, 110) for _ in range(2)]
+    swirl = [smooth_field(rng, shape, 110 * scale) for _ in range(2)]
     grade = 1 / (1 + np.exp(-1.6 * smooth_field(rng, shape, 130)))
     return Tissue(
         size_um=size_um,
@@ -183,6 +187,14 @@ def _outline(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     reach = (np.abs(rows[:, None]) ** 4 + np.abs(columns[None, :]) ** 4) ** 0.25
     reach = reach + 0.07 * smooth_field(rng, shape, 220) + 0.012 * smooth_field(rng, shape, 25)
     return reach < 0.92
+
+
+def _small_outline(rng: np.random.Generator, shape: tuple[int, int], side_um: float) -> np.ndarray:
+    """A small piece of tissue: rounder and more uneven than a large one, and never cut by the image's border."""
+    rows, columns = (np.linspace(-1, 1, length, dtype=np.float32) for length in shape)
+    reach = (np.abs(rows[:, None]) ** 2.5 + np.abs(columns[None, :]) ** 2.5) ** 0.4
+    lobes = np.tanh(0.6 * smooth_field(rng, shape, 0.12 * side_um) + 0.15 * smooth_field(rng, shape, 0.025 * side_um))
+    return reach < 0.86 + 0.13 * lobes
 
 
 def _carve_glands(rng: np.random.Generator, region: np.ndarray, per_mm2: float) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
 
 from .._keys import Keys
-from ..errors import DataValueError, MissingKeyError
+from ..errors import DataTypeError, DataValueError, MissingKeyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,6 +26,17 @@ UNIT_LABELS = {
 # Okabe & Ito's colours, told apart by all common kinds of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 NULL_COLOUR = "#B3B3B3"
+
+
+def check_data(data: object) -> None:
+    """Raise unless `data` is what predictions are stored in."""
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    if not isinstance(data, SpatialData | AnnData):
+        raise DataTypeError(
+            f"data must be the SpatialData or AnnData with a prediction of hx.tl.predict, got {type(data).__name__}"
+        )
 
 
 def entry_of(pred: AnnData) -> tuple[str, dict]:
@@ -52,6 +63,21 @@ def gene_list(genes: str | Sequence[str], pred: AnnData) -> list[str]:
             f"genes={missing} are not predicted by {entry_of(pred)[0]!r}; its {pred.n_vars} genes are: {shown}"
         )
     return names
+
+
+def title_list(title: str | Sequence[str] | None, genes: Sequence[str]) -> list[str]:
+    """One title per gene, the genes' names by default."""
+    titles = list(genes) if title is None else [title] if isinstance(title, str) else list(title)
+    if len(titles) != len(genes):
+        raise DataValueError(f"title has {len(titles)} entries for {len(genes)} genes; give one per gene")
+    return titles
+
+
+def column_count(ncols: int, n: int) -> int:
+    """Columns of a grid of `n` panels."""
+    if ncols < 1:
+        raise DataValueError(f"ncols={ncols} must be at least 1")
+    return min(ncols, n)
 
 
 def column(pred: AnnData, gene: str, layer: str | None = None) -> np.ndarray:
@@ -82,6 +108,11 @@ def axes_array(ax: Axes | Sequence[Axes] | np.ndarray, n: int) -> list[Axes]:
     if len(axes) != n:
         raise DataValueError(f"ax holds {len(axes)} axes, the plot has {n} panels")
     return axes
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that holds `ax`."""
+    return cast("Figure", ax.figure)
 
 
 def save_figure(figure: Figure, save: str | Path | None) -> None:

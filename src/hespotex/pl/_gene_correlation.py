@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..errors import DataTypeError, DataValueError, MissingKeyError
-from ._common import NULL_COLOUR, PALETTE, save_figure
+from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError
+from ..metrics import METRICS, aggregate
+from ..metrics._aggregate import MIN_SPOTS
+from ._common import NULL_COLOUR, PALETTE, UNIT_LABELS, figure_of, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,24 +22,38 @@ __all__ = ["gene_correlation"]
 
 NULL_PREFIX = "null"
 CORRELATIONS = ("pearson", "spearman")
-SPLIT_HALF = "split_half"
+ERRORS = ("mse", "rmse", "mae", "nrmse")  # the least is the best
+AXIS_LABELS = {
+    "pearson": "Pearson r",
+    "spearman": "Spearman ρ",
+    "mse": "mean squared error",
+    "rmse": "root mean squared error",
+    "mae": "mean absolute error",
+    "nrmse": "RMSE / standard deviation of the gene",
+    "variance_ratio": "predicted / measured variance",
+    "r2": "R²",
+    "ssim": "SSIM",
+}
 
 
 def gene_correlation(
     scores: pd.DataFrame,
     *,
     metric: str = "pearson",
-    models: Sequence[str] | None = None,
+    models: str | Sequence[str] | None = None,
     ceiling: bool = True,
+    min_spots: int = MIN_SPOTS,
     title: str | None = None,
     ax: Axes | None = None,
     save: str | Path | None = None,
 ) -> Axes:
     """Draw the distribution over genes of a score, one row per model, nulls in grey, the noise ceiling as a line.
 
-    Each dot is a gene: its score averaged over the sections of a patient, then over patients. Violins show the
-    distribution, the bar the mean. The dashed line is the mean ceiling: what the best possible model could
-    reach given how noisy the measurement is.
+    Each dot is a gene: its score averaged over the sections of a patient, then over patients. Violins show their
+    distribution. The bar, with its number, is the mean over the genes of a section, the sections of a patient, the
+    patients, as in :func:`hespotex.metrics.aggregate`: where every fold has a panel of its own, a gene of a single fold does
+    not count like one of all. The dashed line is the ceiling of that mean: what the best possible model could reach
+    given how noisy the measurement is.
 
     Parameters
     ----------
@@ -44,11 +61,14 @@ def gene_correlation(
         Tidy table of :func:`hespotex.tl.cross_validate` or :func:`hespotex.tl.evaluate`: one row per
         model, section and gene, with columns ``model``, ``gene``, `metric` and, where known, ``section``, ``patient``.
     metric
-        Column to draw.
+        Score to draw, one of :data:`hespotex.metrics.METRICS`.
     models
-        Models to draw, top to bottom; by default models by falling mean, then nulls (``null_…``).
+        Models to draw, top to bottom; by default models from best to worst, then nulls (``null_…``) without those made
+        of a constant prediction, which say nothing.
     ceiling
         Whether to draw the ceiling of the mean correlation, where the table has ``split_half``.
+    min_spots
+        Sections with fewer spots are left out, as in :func:`hespotex.metrics.aggregate`.
     title
         Title; by default the protocol of ``scores.attrs["protocol"]``, where there is one.
     ax
@@ -65,7 +85,7 @@ def gene_correlation(
     MissingKeyError
         If a column or a model is not in `scores`.
     DataValueError
-        If no gene has a defined score.
+        If `metric` is no score, `models` is empty, all sections are too small, or no gene has a defined score.
 
     Examples
     --------
@@ -75,68 +95,122 @@ def gene_correlation(
     >>> ax = hx.pl.gene_correlation(scores)
     """
     import matplotlib.pyplot as plt
-
-    from ..metrics import ceiling as noise_ceiling
+    from matplotlib.ticker import MaxNLocator
 
     if not isinstance(scores, pd.DataFrame):
         raise DataTypeError(f"scores must be the DataFrame of hx.tl.evaluate or cross_validate, got {type(scores)}")
+    if metric not in METRICS:
+        raise DataValueError(f"metric={metric!r} is no score; possible: {', '.join(map(repr, METRICS))}")
     for name in ("model", "gene", metric):
         if name not in scores:
             raise MissingKeyError(f"scores has no column {name!r}; it has {list(scores)}")
-    per_gene = _per_gene(scores, metric, by=("model", "gene"))
+    asked = [models] if isinstance(models, str) else models
+    if asked is not None and not len(asked):
+        raise DataValueError("models is empty; name at least one model, or leave models= out to draw all")
+    large = _large(scores, min_spots)
+    per_gene = _per_gene(large, metric)
     if per_gene.empty:
         raise DataValueError(f"no gene has a defined {metric!r} in scores")
-    order = _order(per_gene, models)
+    summary = _summary(large, metric, min_spots)
+    order = _order(summary[metric], asked, metric, hidden=_nulls_of_constants(large))
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 1.1 + 0.5 * len(order)), layout="constrained")
-    colours = _colours(order)
+    colours = _colours(scores["model"])
     generator = np.random.default_rng(0)
     for row, model in enumerate(order):
         values = per_gene[model].to_numpy()
         if len(values) > 2 and np.ptp(values) > 0:
             violin = ax.violinplot(values, [row], orientation="horizontal", widths=0.8, showextrema=False)
-            for body in violin["bodies"]:
+            bodies: Any = violin["bodies"]
+            for body in bodies:
                 body.set(facecolor=colours[model], alpha=0.35, linewidth=0)
         heights = row + generator.uniform(-0.12, 0.12, len(values))
         ax.scatter(values, heights, s=4, color=colours[model], alpha=0.5, linewidths=0, rasterized=True)
-        mean = values.mean()
+        mean = summary[metric][model]
         ax.plot([mean, mean], [row - 0.38, row + 0.38], color="black", linewidth=1.6)
-        ax.annotate(f"{mean:.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.annotate(
+            f"{mean:.3f}".replace("-", "−"), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
     ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-    if ceiling and metric in CORRELATIONS and SPLIT_HALF in scores and scores[SPLIT_HALF].notna().any():
-        halves = _per_gene(scores, SPLIT_HALF, by=("gene",))  # measurement alone: the same for every model
-        value = noise_ceiling(halves.to_numpy()).mean_first
+    above = 6.0  # points between axes and title
+    if ceiling and metric in CORRELATIONS and "ceiling" in summary and summary["ceiling"].notna().any():
+        value = summary["ceiling"].max()  # of the measurement alone: the same for every model
         ax.axvline(value, color="black", linestyle="--", linewidth=1)
         label = f"noise ceiling {value:.2f}"
         ax.annotate(label, (value, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+        above = 18.0  # the ceiling's label is in between
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_xlabel("Pearson r per gene, within sections" if metric == "pearson" else f"{metric} per gene")
+    ax.xaxis.set_major_locator(MaxNLocator(7))
+    ax.tick_params(axis="x", labelsize=8)
+    unit = scores.attrs.get("unit", "") if metric in ERRORS and metric != "nrmse" else ""
+    ax.set_xlabel(
+        f"{AXIS_LABELS[metric]} per gene, within sections" + (f" ({UNIT_LABELS.get(unit, unit)})" if unit else "")
+    )
     n_genes = per_gene[order[0]].size
     protocol = scores.attrs.get("protocol", "")
     default = f"{n_genes} genes" + (f", {protocol}" if protocol else "")
-    ax.set_title(default if title is None else title, fontsize=9, loc="left", pad=18)  # above the ceiling's label
-    save_figure(ax.figure, save)
+    ax.set_title(default if title is None else title, fontsize=9, loc="left", pad=above)
+    save_figure(figure_of(ax), save)
     return ax
 
 
-def _per_gene(scores: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
-    """Mean over sections, then over patients, per entry of `by`; undefined scores left out."""
-    table = scores[scores[value].notna()]
+def _per_gene(scores: pd.DataFrame, metric: str) -> pd.Series:
+    """Mean over sections, then over patients, of each model and gene; undefined scores left out."""
+    by = ["model", "gene"]
+    table = scores[scores[metric].notna()]
     if "patient" in table:
-        table = table.groupby([*by, "patient"], observed=True, sort=False)[value].mean().reset_index()
-    return table.groupby(list(by), observed=True, sort=False)[value].mean()
+        table = table.groupby([*by, "patient"], observed=True, sort=False)[metric].mean().reset_index()
+    return table.groupby(by, observed=True, sort=False)[metric].mean()
 
 
-def _order(per_gene: pd.Series, models: Sequence[str] | None) -> list[str]:
-    means: dict[Any, float] = per_gene.groupby(level="model", observed=True).mean().to_dict()
+def _large(scores: pd.DataFrame, min_spots: int) -> pd.DataFrame:
+    """The scores of sections that are large enough."""
+    if "n_spots" not in scores:
+        return scores
+    large = scores[scores["n_spots"] >= min_spots]
+    if large.empty and len(scores):
+        raise DataValueError(
+            f"scores: no section has min_spots={min_spots} spots, the largest has {scores['n_spots'].max():.0f}; "
+            "a smaller min_spots= draws them all the same"
+        )
+    return large
+
+
+def _summary(scores: pd.DataFrame, metric: str, min_spots: int) -> pd.DataFrame:
+    """Mean over genes, sections, patients and the ceiling of each model; scores that name no sections are of several."""
+    table = scores if "patient" in scores else scores.assign(patient="")
+    if "section" not in table:
+        table = table.assign(section=table.groupby(["model", "patient", "gene"], observed=True).cumcount())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HespotexWarning)  # about few patients: said where the scores were made
+        return aggregate(table, metrics=[metric], min_spots=min_spots).set_index("model")
+
+
+def _nulls_of_constants(scores: pd.DataFrame) -> set[str]:
+    """Nulls made of a constant prediction: shuffled or exchanged, it is constant still."""
+    if "flat" not in scores:
+        return set()
+    constant = (scores["flat"] | scores.get("undefined", False)).groupby(scores["model"], observed=True).all()
+    return {name for name in constant.index[constant] if name.startswith(NULL_PREFIX) and ":" in name}
+
+
+def _order(means: pd.Series, models: Sequence[str] | None, metric: str, *, hidden: set[str]) -> list[str]:
+    known = means.dropna()
     if models is not None:
-        if missing := [name for name in models if name not in means]:
-            raise MissingKeyError(f"models={missing} are not in scores, which holds {sorted(means)}")
+        if missing := [name for name in models if name not in known]:
+            raise MissingKeyError(f"models={missing} have no {metric!r} in scores, which holds {sorted(known.index)}")
         return list(models)
-    return sorted(means, key=lambda name: (str(name).startswith(NULL_PREFIX), -means[name]))
+    if metric == "variance_ratio":
+        badness = (known - 1).abs()
+    else:
+        badness = known if metric in ERRORS else -known
+    names = [name for name in known.index if name not in hidden]
+    return sorted(names, key=lambda name: (str(name).startswith(NULL_PREFIX), badness[name]))
 
 
-def _colours(order: Sequence[str]) -> dict[str, str]:
-    real = [name for name in order if not str(name).startswith(NULL_PREFIX)]
-    return {name: PALETTE[real.index(name) % len(PALETTE)] if name in real else NULL_COLOUR for name in order}
+def _colours(names: pd.Series) -> dict[str, str]:
+    """A colour for each model of the table: the same in every plot of it."""
+    unique = sorted(map(str, names.unique()))
+    real = [name for name in unique if not name.startswith(NULL_PREFIX)]
+    return {name: PALETTE[real.index(name) % len(PALETTE)] if name in real else NULL_COLOUR for name in unique}

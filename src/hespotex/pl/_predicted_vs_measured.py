@@ -13,12 +13,16 @@ from ..errors import MissingKeyError
 from ._common import (
     PALETTE,
     axes_array,
+    check_data,
     column,
+    column_count,
     entry_of,
+    figure_of,
     gene_list,
     is_measured,
     save_figure,
     stored_score,
+    title_list,
     unit_label,
 )
 
@@ -50,7 +54,7 @@ def predicted_vs_measured(
 ) -> Figure:
     """Draw predicted against measured expression, one panel per gene, one dot per spot.
 
-    The dashed line is equality: a cloud flatter than it shows a prediction that shrinks towards the mean.
+    Both axes of a panel have the same range, and the dashed line is equality: a cloud flatter than it shows a prediction that shrinks towards the mean.
     Titles carry the score that :func:`hespotex.tl.evaluate` stored, with its protocol.
 
     Parameters
@@ -86,20 +90,32 @@ def predicted_vs_measured(
     ------
     MissingKeyError
         If the prediction, a gene or its measurement is not there.
+    DataValueError
+        If the number of titles or axes is wrong.
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> sdata = hx.datasets.synthetic(size_px=800, pitch_um=40, diameter_um=40, n_genes=20, seed=0)
+    >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
+    >>> hx.tl.predict(sdata, hx.tl.train(sdata, "ridge", genes=sdata["table"].var_names))
+    >>> figure = hx.pl.predicted_vs_measured(sdata, ["TUMOUR1", "T_CELL1"])
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     from ..get import prediction
 
+    check_data(data)
     pred = prediction(data, key, table_key=table_key)
     names = gene_list(genes, pred)
     if missing := [name for name in names if not is_measured(pred, name)]:
         raise MissingKeyError(
             f"genes={missing}: prediction {entry_of(pred)[0]!r} has no measurement of them to compare with in this object"
         )
-    titles = [title] if isinstance(title, str) else list(title) if title is not None else names
+    titles = title_list(title, names)
     if ax is None:
-        columns = min(ncols, len(names))
+        columns = column_count(ncols, len(names))
         rows = -(-len(names) // columns)
         figure, grid = plt.subplots(
             rows, columns, squeeze=False, layout="constrained", figsize=(columns * panel_size, rows * panel_size)
@@ -109,16 +125,25 @@ def predicted_vs_measured(
             spare.set_axis_off()
     else:
         axes = axes_array(ax, len(names))
-        figure = axes[0].figure
+        figure = figure_of(axes[0])
     dense = pred.n_obs >= DENSE if hexbin is None else hexbin
-    for panel, gene, label in zip(axes, names, titles, strict=False):
+    for panel, gene, label in zip(axes, names, titles, strict=True):
         x, y = column(pred, gene, Keys.MEASURED), column(pred, gene)
+        low, high = _range(x, y)
         if dense:
-            panel.hexbin(x, y, gridsize=40, cmap=cmap, bins="log", mincnt=1, linewidths=0)
+            # The same range on both axes: else a flat prediction turns the hexagons into slivers.
+            cells = panel.hexbin(
+                x, y, gridsize=40, extent=(low, high, low, high), cmap=cmap, bins="log", mincnt=1, linewidths=0
+            )
+            bar = figure.colorbar(cells, ax=panel, shrink=0.7)
+            bar.set_label("spots", fontsize=8)
+            bar.ax.yaxis.set_major_formatter(LogFormatter())  # 1, 10, 100 and not powers of ten
+            bar.ax.yaxis.set_minor_formatter(LogFormatter())
+            bar.ax.tick_params(which="both", labelsize=7)
         else:
             panel.scatter(x, y, s=6, alpha=0.5, color=PALETTE[0], linewidths=0)
-        low, high = min(x.min(), y.min()), max(x.max(), y.max())
         panel.plot([low, high], [low, high], "--", color="0.4", linewidth=1)
+        panel.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         panel.set_xlabel(f"measured ({unit_label(pred)})", fontsize=8)
         panel.set_ylabel(f"predicted ({unit_label(pred)})", fontsize=8)
         panel.tick_params(labelsize=7)
@@ -126,3 +151,10 @@ def predicted_vs_measured(
         panel.set_title(label + (f"\n{score}" if score else ""), fontsize=9)
     save_figure(figure, save)
     return figure
+
+
+def _range(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Ends of both axes: all values and a little room."""
+    low, high = float(min(np.nanmin(x), np.nanmin(y))), float(max(np.nanmax(x), np.nanmax(y)))
+    room = 0.04 * (high - low) or 0.5
+    return low - room, high + room

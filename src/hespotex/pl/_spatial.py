@@ -6,13 +6,25 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .._keys import Keys
 from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
-from ._common import axes_array, column, gene_list, is_measured, save_figure, stored_score, unit_label
+from ._common import (
+    axes_array,
+    check_data,
+    column,
+    column_count,
+    figure_of,
+    gene_list,
+    is_measured,
+    save_figure,
+    stored_score,
+    title_list,
+    unit_label,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["spatial"]
 
 ROBUST = (1.0, 99.0)  # percentiles that span the colour scale, so that one outlier does not flatten a map
+MARGIN = 0.04  # around the spots, as a share of their extent
+CROP_MARGIN = 0.02  # of the image beyond what is seen, so that the border of no coarse pixel shows
 
 
 def spatial(
@@ -41,7 +55,7 @@ def spatial(
     vmin: float | None = None,
     vmax: float | None = None,
     alpha: float = 1.0,
-    size: float = 1.0,
+    size: float = 0.8,
     ncols: int = 4,
     panel_size: float = 3.2,
     title: str | Sequence[str] | None = None,
@@ -50,9 +64,9 @@ def spatial(
 ) -> Figure:
     """Draw genes as maps, measured above predicted, on the H&E.
 
-    A SpatialData is drawn by spatialdata-plot: image, then spots or tiles. An AnnData is drawn as circles at
+    A SpatialData is drawn by spatialdata-plot: image, then spots or tiles, cropped to these. An AnnData is drawn as circles at
     ``obsm["spatial"]``. Measured and predicted of a gene share one colour scale. The score of
-    :func:`hespotex.tl.evaluate` and its protocol stand in the title where they are stored.
+    :func:`hespotex.tl.evaluate` and its protocol are shown in the title if stored.
 
     Parameters
     ----------
@@ -81,7 +95,7 @@ def spatial(
     alpha
         Opacity of spots.
     size
-        Factor on the radius of spots.
+        Factor on the radius of spots; below 1 more of the image is seen between them.
     ncols
         Genes per row.
     panel_size
@@ -107,30 +121,28 @@ def spatial(
     Examples
     --------
     >>> import hespotex as hx
-    >>> sdata = hx.datasets.synthetic(n_spots=60, size_px=1200)
+    >>> sdata = hx.datasets.synthetic(size_px=800, pitch_um=40, diameter_um=40, n_genes=20, seed=0)
     >>> hx.pp.embed(sdata, "morphology", progress_bar=False)
-    >>> hx.tl.predict(sdata, hx.tl.train(sdata, "ridge", n_top_genes=20))
-    >>> gene = hx.get.prediction(sdata).var_names[0]
-    >>> figure = hx.pl.spatial(sdata, gene)
+    >>> hx.tl.predict(sdata, hx.tl.train(sdata, "ridge", genes=sdata["table"].var_names))
+    >>> figure = hx.pl.spatial(sdata, ["TUMOUR1", "T_CELL1"])
     """
     import matplotlib.pyplot as plt
     from anndata import AnnData
 
     from ..get import prediction
 
+    check_data(data)
     pred = prediction(data, key, table_key=table_key)
     names = gene_list(genes, pred)
     rows = _rows(pred, names, show_measured=measured)
-    titles = [title] if isinstance(title, str) else list(title) if title is not None else names
-    if len(titles) != len(names):
-        raise DataValueError(f"title has {len(titles)} entries for {len(names)} genes")
+    titles = title_list(title, names)
     canvas = (
         _Scatter(pred, spatial_key, size=size, alpha=alpha)
         if isinstance(data, AnnData)
         else _Rendered.of(data, pred, image_key, coordinate_system, size=size, alpha=alpha)
     )
 
-    columns = min(ncols, len(names))
+    columns = column_count(ncols, len(names))
     bands = -(-len(names) // columns)
     if ax is None:
         figure, grid = plt.subplots(
@@ -142,7 +154,7 @@ def spatial(
         )
     else:
         grid = np.array(axes_array(ax, bands * len(rows) * columns), dtype=object).reshape(-1, columns)
-        figure = grid[0, 0].figure
+        figure = figure_of(grid[0, 0])
     for axes in grid.ravel():
         axes.set_axis_off()  # panels that stay empty; drawing turns the others on again
     for index, (gene, label) in enumerate(zip(names, titles, strict=True)):
@@ -159,10 +171,15 @@ def spatial(
             canvas.draw(panel, gene, layer, norm, cmap)
             score = stored_score(pred, gene) if layer is None else ""
             panel.set_title(f"{label}, {word}" + (f"\n{score}" if score else ""), fontsize=9)
-        for group, norm in (
-            [(panels, norms[0])] if shared_scale else [([p], n) for p, n in zip(panels, norms, strict=True)]
-        ):
-            bar = figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=group, shrink=0.7, aspect=30 // len(group) + 8)
+        groups = [(panels, values)] if shared_scale else [([p], [v]) for p, v in zip(panels, values, strict=True)]
+        for (group, shown), norm in zip(groups, norms, strict=False):  # a shared scale is the first of equal ones
+            bar = figure.colorbar(
+                plt.cm.ScalarMappable(norm, cmap),
+                ax=group,
+                shrink=0.7,
+                aspect=30 // len(group) + 8,
+                extend=_beyond(np.concatenate(shown), norm),
+            )
             bar.set_label(unit_label(pred), fontsize=8)
             bar.ax.tick_params(labelsize=7)
     save_figure(figure, save)
@@ -193,11 +210,17 @@ def _norms(values: list[np.ndarray], *, shared_scale: bool, vmin: float | None, 
     return norms
 
 
-def _finish(ax: Axes, unit: str) -> None:
+def _beyond(values: np.ndarray, norm: Normalize) -> Literal["neither", "both", "min", "max"]:
+    """At which ends of the colour scale values are cut off."""
+    below, above = bool(np.nanmin(values) < norm.vmin), bool(np.nanmax(values) > norm.vmax)
+    return "both" if below and above else "min" if below else "max" if above else "neither"
+
+
+def _finish(ax: Axes, unit: str = "") -> None:
     ax.set_axis_on()
     ax.set_aspect("equal")
-    ax.set_xlabel(f"x ({unit})", fontsize=8)
-    ax.set_ylabel(f"y ({unit})", fontsize=8)
+    ax.set_xlabel(f"x ({unit})" if unit else "x", fontsize=8)
+    ax.set_ylabel(f"y ({unit})" if unit else "y", fontsize=8)
     ax.tick_params(labelsize=7)
 
 
@@ -229,7 +252,7 @@ class _Scatter:
         margin = diameter[0]
         ax.set_xlim(xy[:, 0].min() - margin, xy[:, 0].max() + margin)
         ax.set_ylim(xy[:, 1].max() + margin, xy[:, 1].min() - margin)  # y runs down, as in the image
-        _finish(ax, "px")
+        _finish(ax)  # nothing says in which unit these positions are
 
 
 def _spacing(xy: np.ndarray) -> float:
@@ -250,6 +273,7 @@ class _Rendered:
     image: str | None
     shapes: str
     system: str
+    limits: _Limits
     size: float
     alpha: float
 
@@ -264,7 +288,7 @@ class _Rendered:
         size: float,
         alpha: float,
     ) -> _Rendered:
-        from spatialdata import SpatialData
+        from spatialdata import SpatialData, get_extent
         from spatialdata.transformations import get_transformation
 
         image_key = _image_key(sdata, image_key)
@@ -279,12 +303,18 @@ class _Rendered:
         if image_key is not None:
             systems &= set(get_transformation(sdata.images[image_key], get_all=True))
         system = _system(systems, coordinate_system)
+        extent = get_extent(sdata.shapes[shapes_key], coordinate_system=system)
+        limits = _Limits(*extent["x"], *extent["y"]).grown(MARGIN)
+        image = None
+        if image_key is not None:
+            whole = get_extent(sdata.images[image_key], coordinate_system=system)
+            image, limits = _cropped(sdata.images[image_key], limits, _Limits(*whole["x"], *whole["y"]), system)
         parts = SpatialData(
-            images={} if image_key is None else {image_key: sdata.images[image_key]},
+            images={} if image is None else {str(image_key): image},
             shapes={shapes_key: sdata.shapes[shapes_key]},
             tables={Keys.TABLE: pred},
         )
-        return cls(parts, image_key, shapes_key, system, size, alpha)
+        return cls(parts, None if image is None else image_key, shapes_key, system, limits, size, alpha)
 
     def draw(self, ax: Axes, gene: str, layer: str | None, norm: Normalize, cmap: str | Colormap) -> None:
         import spatialdata_plot  # noqa: F401  registers the accessor
@@ -305,7 +335,55 @@ class _Rendered:
                 fill_alpha=self.alpha,
                 colorbar=False,
             ).pl.show(coordinate_systems=self.system, ax=ax, title="", colorbar=False, show=False)
-        _finish(ax, "µm" if self.system == Keys.MICRONS else "px")
+        ax.set_xlim(self.limits.left, self.limits.right)
+        ax.set_ylim(self.limits.bottom, self.limits.top)  # y runs down, as in the image
+        _finish(ax, "µm" if self.system == Keys.MICRONS else "")
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """A part of the plane."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def grown(self, share: float) -> _Limits:
+        """The same with more room on every side, as a share of the longer one."""
+        room = share * max(self.right - self.left, self.bottom - self.top)
+        return _Limits(self.left - room, self.right + room, self.top - room, self.bottom + room)
+
+    def within(self, other: _Limits) -> _Limits:
+        """What both share."""
+        return _Limits(
+            max(self.left, other.left),
+            min(self.right, other.right),
+            max(self.top, other.top),
+            min(self.bottom, other.bottom),
+        )
+
+
+def _cropped(image: Any, limits: _Limits, whole: _Limits, system: str) -> tuple[Any, _Limits]:
+    """The part of the image around the spots, still lazy, and what is to be seen of the plane.
+
+    The map is of the spots, not of the bare glass around them; and spatialdata-plot draws an image in no more pixels than
+    the figure has, so that of a whole slide few would be left for a small tissue.
+    """
+    from spatialdata import bounding_box_query
+
+    shared = limits.within(whole)
+    if shared.left >= shared.right or shared.top >= shared.bottom:
+        return None, limits
+    box = shared.grown(CROP_MARGIN)
+    part = bounding_box_query(
+        image,
+        axes=("x", "y"),
+        min_coordinate=[box.left, box.top],
+        max_coordinate=[box.right, box.bottom],
+        target_coordinate_system=system,
+    )
+    return part, shared
 
 
 def _image_key(sdata: SpatialData, image_key: str | None) -> str | None:

@@ -200,6 +200,7 @@ def cross_validate(
     )
     table = result.table
     table.attrs["protocol"] = protocol = _protocol(folds, patients, n_splits)
+    table.attrs["unit"] = unit
     if not copy:
         with ExitStack() as stack:
             for item in items:

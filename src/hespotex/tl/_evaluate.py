@@ -206,6 +206,7 @@ def evaluate(
             tables.append(table)
     result = pd.concat(tables, ignore_index=True)
     result["ceiling"] = scores.gene_ceiling(result)
+    result.attrs["unit"] = unit
     result.attrs["protocol"] = ", ".join(sorted({words for kind in kinds.values() for words in kind.values() if words}))
     if copy:
         return result
