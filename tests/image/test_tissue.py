@@ -73,3 +73,11 @@ def test_spots_of_a_blackened_image_lie_on_its_tissue(data_dir):
     x, y = (spots["pixel_x"] / 6954 * 400).astype(int), (spots["pixel_y"] / 7435 * 428).astype(int)
     assert mask[y, x].mean() > 0.95
     assert mask.mean() < 0.45
+
+
+def test_corners_of_glass_that_tissue_cuts_off_stay_glass():
+    rgb, truth = slide()
+    crop = slice(67, 153), slice(47, 133)
+    mask = tissue_mask(rgb[crop], 16.0, **SIZES)
+    assert not mask[[0, 0, -1, -1], [0, -1, 0, -1]].any()
+    assert overlap(mask, truth[crop]) > 0.95

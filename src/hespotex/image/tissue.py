@@ -104,6 +104,8 @@ def _fill(mask: np.ndarray, max_size: float) -> np.ndarray:
     size = np.bincount(holes.ravel(), minlength=count + 1)
     fillable = size <= max_size
     fillable[0] = False
+    # A corner of glass that tissue cuts off from the rest is no hole.
+    fillable[np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]])] = False
     return mask | fillable[holes]
 
 
