@@ -333,3 +333,13 @@ def test_so_few_observations_that_they_are_no_reference_are_warned_about(section
     model = create("hespotex", **QUICK).fit(sections[:2], RUN)
     with pytest.warns(HespotexWarning, match="12 observations"):
         assert np.isfinite(model.predict(replace_rows(sections[3], np.arange(12))).mean).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [QUICK, {"preset": "paper", "gate_epochs": 3, "epochs": 3}])
+def test_a_gpu_gives_what_the_cpu_gives(sections, options):
+    on_cpu = create("hespotex", **options).fit(sections[:2], Run(seed=0, device="cpu", precision="32-true"))
+    on_gpu = create("hespotex", **options).fit(sections[:2], Run(seed=0, device="cuda", precision="32-true"))
+    expected, found = on_cpu.predict(sections[3]).mean, on_gpu.predict(sections[3]).mean
+    assert np.abs(expected - found).max() < 0.05 * expected.std()
+    assert all(parameter.device.type == "cpu" for parameter in on_gpu._members.parameters())

@@ -15,9 +15,11 @@ from hespotex.errors import (
     CheckpointError,
     DataTypeError,
     DataValueError,
+    HespotexWarning,
     MissingKeyError,
     ModelMismatchError,
 )
+from hespotex.models._store import identify
 
 from ..conftest import stored
 
@@ -306,3 +308,55 @@ def test_several_regions_of_one_object_are_sections_of_their_own(embedded):
     hx.tl.predict(both, model)
     apart = hx.tl.predict(embedded[1], hx.tl.train(embedded[:2], "ridge", genes=genes_of(embedded[0])), copy=True)
     np.testing.assert_allclose(both["table"].obsm["ridge"][-apart.n_obs :], apart.X, atol=1e-5)
+
+
+def test_words_for_what_is_no_object_no_model_and_no_method(embedded, tmp_path):
+    model = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]))
+    with pytest.raises(DataTypeError, match=r"data is the path 'slide.png'.*read_image"):
+        hx.tl.predict("slide.png", model)
+    with pytest.raises(DataTypeError, match="sdatas must be SpatialData or AnnData"):
+        hx.tl.train(3, "mean")
+    with pytest.raises(DataValueError, match=r"model='ridge' names a method.*hx.tl.train\(sections, 'ridge'\)"):
+        hx.tl.predict(embedded[1], "ridge")
+    with pytest.raises(DataValueError, match=r"gene_selection='hgv'.*'hvg'"):
+        hx.tl.train(embedded[0], "mean", gene_selection="hgv")
+    with pytest.raises(DataValueError, match=r"gene_selection='hgv'.*'hvg'"):
+        hx.tl.cross_validate(embedded, "mean", gene_selection="hgv")
+
+
+def test_a_section_without_an_embedding_is_named(embedded):
+    del embedded[1]["table"].obsm["X_morphology"]
+    with pytest.raises(MissingKeyError, match=r"section '.+' holds no image embedding"):
+        hx.tl.train(embedded[:2], "ridge", genes=genes_of(embedded[0]))
+
+
+def test_a_model_that_the_cache_cannot_take_is_not_lost(embedded, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with hx.settings.override(cache_dir=blocked), pytest.warns(HespotexWarning, match="model.save"):
+        model = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]))
+    assert model.is_fitted
+
+
+def test_what_a_model_reads_is_part_of_its_identity(embedded):
+    table = embedded[0]["table"]
+    table.obsm["X_other"] = table.obsm["X_morphology"].copy()
+    one = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]), embedding_key="X_morphology")
+    other = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]), embedding_key="X_other")
+    assert identify(one) != identify(other)
+    hx.tl.predict(embedded[0])  # by the model that the object names: the one trained last
+    assert embedded[0]["table"].uns["hespotex"]["mean"]["embedding_key"] == "X_other"
+
+
+def test_the_device_asked_for_is_the_one_that_predicts(embedded, monkeypatch):
+    for sdata in embedded[:2]:
+        hx.pp.spatial_graph(sdata)
+    model = hx.tl.train(embedded[0], "hespotex", genes=genes_of(embedded[0]), config={"epochs": 1, "gate_epochs": 1})
+    seen = []
+    original = hx.models.hespotex.model.resolve_device
+    monkeypatch.setattr(
+        "hespotex.models.hespotex.model.resolve_device", lambda: seen.append(hx.settings.device) or original()
+    )
+    hx.tl.predict(embedded[1], model, device="cpu:0")
+    assert seen == ["cpu:0"]
+    assert hx.settings.device == "auto"

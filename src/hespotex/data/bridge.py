@@ -6,8 +6,9 @@ Each region of a table is a section of its own: no edge joins two of them and st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,17 +74,26 @@ class Region:
     patient_known: bool
 
 
-def as_list(data: SpatialData | AnnData | Sequence[SpatialData | AnnData]) -> list[SpatialData | AnnData]:
-    """One object or several as a list; an error for anything else."""
+def as_list(
+    data: SpatialData | AnnData | Sequence[SpatialData | AnnData], name: str = "sdatas"
+) -> list[SpatialData | AnnData]:
+    """One object or several as a list; an error for anything else, which calls the argument `name`."""
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    if isinstance(data, str | PurePath):
+        raise DataTypeError(
+            f"{name} is the path {str(data)!r}, not a SpatialData or AnnData: read it first, an image with hx.io.read_image(path, mpp=...), "
+            "a store with spatialdata.read_zarr(path)"
+        )
+    if not isinstance(data, SpatialData | AnnData | Iterable):
+        raise DataTypeError(f"{name} must be SpatialData or AnnData, or several of them, got {type(data).__name__}")
     items = [data] if isinstance(data, SpatialData | AnnData) else list(data)
     if not items:
-        raise DataValueError("sdatas is empty: give at least one SpatialData or AnnData")
+        raise DataValueError(f"{name} is empty: give at least one SpatialData or AnnData")
     for item in items:
         if not isinstance(item, SpatialData | AnnData):
-            raise DataTypeError(f"sdatas must hold SpatialData or AnnData objects, found {type(item).__name__}")
+            raise DataTypeError(f"{name} must hold SpatialData or AnnData objects, found {type(item).__name__}")
     return items
 
 
@@ -99,7 +109,7 @@ def embedding_entry(adata: AnnData, embedding_key: str) -> Mapping[str, Any]:
     return adata.uns.get(Keys.NAMESPACE, {}).get(embedding_key, {})
 
 
-def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
+def find_embedding(adata: AnnData, embedding_key: str | None = None, *, where: str = "the table") -> str:
     """The ``obsm`` key of the embedding that is meant.
 
     Raises
@@ -110,7 +120,7 @@ def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
     if embedding_key is not None:
         if embedding_key not in adata.obsm:
             raise MissingKeyError(
-                f"embedding_key={embedding_key!r} is not in obsm, which holds {sorted(adata.obsm)}; "
+                f"embedding_key={embedding_key!r} is not in obsm of {where}, which holds {sorted(adata.obsm)}; "
                 "make an embedding with hx.pp.embed(sdata, encoder)"
             )
         return embedding_key
@@ -118,11 +128,9 @@ def find_embedding(adata: AnnData, embedding_key: str | None = None) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        raise AmbiguousKeyError(
-            f"the table holds several embeddings {sorted(candidates)}; name one with embedding_key="
-        )
+        raise AmbiguousKeyError(f"{where} holds several embeddings {sorted(candidates)}; name one with embedding_key=")
     raise MissingKeyError(
-        f"the table holds no image embedding (obsm: {sorted(adata.obsm)}); make one with hx.pp.embed(sdata), "
+        f"{where} holds no image embedding (obsm: {sorted(adata.obsm)}); make one with hx.pp.embed(sdata), "
         "or name your own with embedding_key="
     )
 
@@ -170,7 +178,8 @@ def views_of(
     views: list[SectionView] = []
     places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of each table, not of each of its regions
     for region in regions_of(sdatas, table_key=table_key, shapes_key=shapes_key, groups=groups):
-        table, key = region.table, find_embedding(region.table.adata, embedding_key)
+        table = region.table
+        key = find_embedding(table.adata, embedding_key, where=f"section {region.name!r}")
         if id(table) not in places:
             places = {id(table): _coordinates(region.data, table, image_key, key)}
         coordinates, pixels = places[id(table)]

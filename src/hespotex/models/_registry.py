@@ -36,6 +36,11 @@ def _plugins() -> dict[str, Any]:
     return {point.name: point for point in entry_points(group="hespotex.models")}
 
 
+def names() -> list[str]:
+    """All models that can be had."""
+    return sorted({*_BUILTIN, *_REGISTERED, *_plugins()})
+
+
 def get(name: str) -> type[Model]:
     """The class of model `name`.
 
@@ -50,10 +55,10 @@ def get(name: str) -> type[Model]:
         elif name in (plugins := _plugins()):
             register(plugins[name].load())
         else:
-            known = sorted({*_BUILTIN, *_REGISTERED, *plugins})
+            known = names()
             near = difflib.get_close_matches(name, known)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataValueError(f"model={name!r} is unknown; {hint}there are {', '.join(map(repr, known))}")
+            raise DataValueError(f"model={name!r} is unknown; {hint}available: {', '.join(map(repr, known))}")
     return _REGISTERED[name]
 
 

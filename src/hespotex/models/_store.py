@@ -14,6 +14,7 @@ from .._settings import settings
 from ..errors import DataValueError
 from ._base import config_to_json
 from ._checkpoint import load
+from ._registry import names
 
 if TYPE_CHECKING:
     from ._base import Model
@@ -59,4 +60,8 @@ def recall(name: str | Path) -> Model:
                 "path it was saved to: hx.tl.predict(sdata, model='path')"
             )
         return load(_folder(text))
+    if text in names() and not Path(text).exists():
+        raise DataValueError(
+            f"model={text!r} names a method, which has to be trained first: model = hx.tl.train(sections, {text!r})"
+        )
     return load(name)

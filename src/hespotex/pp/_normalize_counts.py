@@ -100,7 +100,7 @@ def normalize_counts(
             "unit='counts' is what the table holds already; possible: 'log1p_cp10k', 'log1p_cpm_panel'"
         )
     key = unit if key_added is None else key_added
-    tables = [resolve_table(item, table_key=table_key).adata for item in as_list(data)]
+    tables = [resolve_table(item, table_key=table_key).adata for item in as_list(data, "data")]
     slot = "obsm" if unit == "log1p_cpm_panel" else "layers"
     if not copy:
         check_key(key)

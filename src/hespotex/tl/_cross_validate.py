@@ -16,7 +16,7 @@ from .._logging import logger
 from .._settings import settings
 from ..data.bridge import Region, SectionView, as_list, find_embedding, regions_of, views_of
 from ..data.counts import check_counts, check_names, counts_of, library_size
-from ..data.panel import Method, PanelSource, choose_panel
+from ..data.panel import METHODS, Method, PanelSource, choose_panel
 from ..data.provenance import record
 from ..data.section import Section, Targets, rows_of
 from ..data.splits import Fold, check_folds, group_folds
@@ -155,6 +155,8 @@ def cross_validate(
     """
     items = as_list(sdatas)
     check_unit(unit)
+    if gene_selection not in METHODS:
+        raise DataValueError(f"gene_selection={gene_selection!r} is unknown; possible: {', '.join(map(repr, METHODS))}")
     sources = _model_sources(model)
     keys: dict[str, Any] = {"table_key": table_key, "shapes_key": shapes_key}
     regions = regions_of(items, **keys)

@@ -118,7 +118,7 @@ def predict(
     >>> hx.get.prediction(test, "ridge").n_vars
     20
     """
-    items = as_list(data)
+    items = as_list(data, "data")
     several = not (len(items) == 1 and items[0] is data)
     shown = settings.progress_bar if progress_bar is None else progress_bar
     results: list[AnnData] = []

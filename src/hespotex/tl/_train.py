@@ -16,6 +16,7 @@ from .._settings import settings
 from .._version import __version__
 from ..data.bridge import SectionView, as_list, embedding_entry, find_embedding, views_of
 from ..data.lattice import detect_lattice
+from ..data.panel import METHODS
 from ..errors import DataValueError, HespotexWarning, ModelMismatchError
 from ..models import Model, Recipe, Run, create
 from ..models._store import remember
@@ -210,6 +211,8 @@ def _panel(
         raise DataValueError(f"var[{Keys.TARGET!r}] marks no gene common to all sections; run hx.pp.select_genes again")
     from ..pp import select_genes
 
+    if gene_selection is not None and gene_selection not in METHODS:
+        raise DataValueError(f"gene_selection={gene_selection!r} is unknown; possible: {', '.join(map(repr, METHODS))}")
     options: dict[str, Any] = dict(getattr(model.config, "gene_selection", None) or {})
     if gene_selection is not None:
         options = {"method": gene_selection}
