@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,7 +100,7 @@ def spatial(
     ncols
         Genes per row.
     panel_size
-        Side of a panel in inches.
+        Width of a panel in inches; its height follows from what is drawn.
     title
         Titles of the genes; their names by default.
     ax
@@ -150,7 +151,7 @@ def spatial(
             columns,
             squeeze=False,
             layout="constrained",
-            figsize=(columns * (panel_size + 0.6), bands * len(rows) * panel_size),
+            figsize=(columns * (panel_size + 0.6), bands * len(rows) * (panel_size * canvas.limits.shape + 0.7)),
         )
     else:
         grid = np.array(axes_array(ax, bands * len(rows) * columns), dtype=object).reshape(-1, columns)
@@ -239,19 +240,35 @@ class _Scatter:
                 f"spatial_key={self.spatial_key!r} is not in obsm, which holds {sorted(self.pred.obsm)}"
             )
 
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Centres of the spots, (n, 2)."""
+        return np.asarray(self.pred.obsm[self.spatial_key], dtype=float)
+
+    @cached_property
+    def diameter(self) -> float:
+        """Of a spot, in units of the positions."""
+        return 0.7 * self.size * _spacing(self.positions)
+
+    @property
+    def limits(self) -> _Limits:
+        """The spots with a diameter around."""
+        (left, top), (right, bottom) = self.positions.min(axis=0), self.positions.max(axis=0)
+        room = self.diameter
+        return _Limits(left - room, right + room, top - room, bottom + room)
+
     def draw(self, ax: Axes, gene: str, layer: str | None, norm: Normalize, cmap: str | Colormap) -> None:
         from matplotlib.collections import EllipseCollection
 
-        xy = np.asarray(self.pred.obsm[self.spatial_key], dtype=float)
-        diameter = np.full(len(xy), 0.7 * self.size * _spacing(xy))
+        xy = self.positions
+        diameter = np.full(len(xy), self.diameter)
         spots = EllipseCollection(
             diameter, diameter, np.zeros(len(xy)), units="xy", offsets=xy, transOffset=ax.transData,
             array=column(self.pred, gene, layer), norm=norm, cmap=cmap, alpha=self.alpha, linewidths=0,
         )  # fmt: skip
         ax.add_collection(spots)
-        margin = diameter[0]
-        ax.set_xlim(xy[:, 0].min() - margin, xy[:, 0].max() + margin)
-        ax.set_ylim(xy[:, 1].max() + margin, xy[:, 1].min() - margin)  # y runs down, as in the image
+        ax.set_xlim(self.limits.left, self.limits.right)
+        ax.set_ylim(self.limits.bottom, self.limits.top)  # y runs down, as in the image
         _finish(ax)  # nothing says in which unit these positions are
 
 
@@ -348,6 +365,11 @@ class _Limits:
     right: float
     top: float
     bottom: float
+
+    @property
+    def shape(self) -> float:
+        """Height over width, within what makes a panel."""
+        return float(np.clip((self.bottom - self.top) / max(self.right - self.left, 1e-9), 0.3, 3.0))
 
     def grown(self, share: float) -> _Limits:
         """The same with more room on every side, as a share of the longer one."""
