@@ -181,8 +181,10 @@ def cross_validation(task: str, tables: list, embeddings: dict[str, str], seeds,
     for embedding, key in embeddings.items():
 
         def own(key=key) -> pd.DataFrame:
+            # Normalised within the panel, a gene that one section lacks would change the unit there.
+            shared = sorted(set.intersection(*(set(table.var_names) for table in tables)))
             return hx.tl.cross_validate(
-                tables,
+                [table[:, shared].copy() for table in tables],
                 {"hespotex (paper, own unit)": {"name": "hespotex", "preset": "paper"}},
                 groups=groups,
                 force=force,
@@ -224,7 +226,7 @@ def transfer(data: Path, seeds) -> None:
                             seed=seed,
                         )
                         keys[hx._keys.sanitize(label)] = label
-                        hx.tl.predict(test, model, key_added=label)
+                        hx.tl.predict(test, model, key_added=hx._keys.sanitize(label))
                     scores = hx.tl.evaluate(test, list(keys), reference=train, seed=seed, nulls=is_first, copy=True)
                     return scores.assign(model=scores["model"].replace(keys), seed=seed)
 

@@ -76,10 +76,15 @@ def _say(text: str) -> None:
 def _in_options(text: str) -> str:
     """A message of the library with its arguments named as the options of this program."""
     text = text.replace("overwrite=True", "--overwrite")
+    calls = re.findall(r"\bhx\.[\w.]+\([^)]*\)", text)  # Python is left as it is
+    for number, call in enumerate(calls):
+        text = text.replace(call, f"\0{number}\0")
     for name in _OPTIONS:
         option = "--" + name.replace("_", "-")
         text = re.sub(rf"\b{name}=(?=['\"\w])", f"{option} ", text)  # with a value
         text = re.sub(rf"\b{name}=", option, text)
+    for number, call in enumerate(calls):
+        text = text.replace(f"\0{number}\0", call)
     return text
 
 

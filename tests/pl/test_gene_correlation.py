@@ -107,3 +107,9 @@ def test_bad_tables_are_named(scores):
         hx.pl.gene_correlation(scores, models=[])
     with pytest.raises(DataValueError, match="no gene has a defined"):
         hx.pl.gene_correlation(scores.assign(pearson=np.nan))
+
+
+def test_seeds_are_averaged(scores):
+    both = pd.concat([scores.assign(seed=0), scores.assign(seed=1, pearson=scores["pearson"] + 0.1)])
+    one, several = hx.pl.gene_correlation(scores), hx.pl.gene_correlation(both)
+    assert _mean_bars(several) == pytest.approx([value + 0.05 for value in _mean_bars(one)])

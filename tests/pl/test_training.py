@@ -25,7 +25,7 @@ def _legend(ax):
 
 def test_one_line_per_column_and_a_mark_at_the_epoch_of_least_error():
     (ax,) = hx.pl.training(_model(HISTORY), logy=True).axes
-    assert _legend(ax) == ["loss", "loss, left-out groups", "least error: epoch 3"]
+    assert _legend(ax) == ["loss", "loss, left-out groups", "best: epoch 3"]
     assert list(ax.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert ax.get_xlabel() == "epoch"
     assert ax.get_yscale() == "log"
@@ -51,3 +51,11 @@ def test_what_cannot_be_drawn_is_said():
         hx.pl.training("model.hx")
     with pytest.raises(DataValueError, match="columns is empty"):
         hx.pl.training(_model(HISTORY), [])
+
+
+def test_the_best_epoch_of_a_correlation_is_its_highest():
+    model = hx.models.create("mean")
+    model.history = [{"epoch": n, "loss": 1.0, "val_pearson": r} for n, r in enumerate((0.1, 0.3, 0.2), start=1)]
+    model._fitted = True
+    labels = [text.get_text() for text in hx.pl.training(model).axes[0].get_legend().get_texts()]
+    assert "best: epoch 2" in labels

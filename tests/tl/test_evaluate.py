@@ -271,3 +271,16 @@ def test_the_error_of_the_mean_is_that_of_spatial_blocks():
     predict(alone)
     alone.obsm["spatial"] = np.zeros((4, 2))
     assert hx.tl.evaluate(alone, nulls=False, copy=True)["pearson_se"].isna().all()
+
+
+def test_counts_in_a_layer_tell_sections_apart():
+    sections = [section("A", "P", 0), section("A", "P", 1)]
+    for adata in sections:
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = None
+    predict_from = section("A", "P", 0)
+    values = measured(predict_from, GENES[:6]).astype(np.float32)
+    predict(sections[0], values=values)
+    hx.tl.evaluate(sections[0], reference=sections[1], counts_layer="counts")
+    with pytest.raises(LeakageError):
+        hx.tl.evaluate(sections[0], reference=sections[0].copy(), counts_layer="counts")

@@ -294,7 +294,7 @@ def test_marked_genes_are_used(embedded):
 
 def test_a_missing_prediction_lists_those_there(embedded):
     sdata = embedded[0]
-    hx.tl.predict(sdata, hx.tl.train(sdata, "mean", genes=genes_of(sdata)), key_added="my mean")
+    hx.tl.predict(sdata, hx.tl.train(sdata, "mean", genes=genes_of(sdata)), key_added="my_mean")
     with pytest.raises(MissingKeyError, match="'my_mean'"):
         hx.get.prediction(sdata, "ridge")
 
@@ -360,3 +360,42 @@ def test_the_device_asked_for_is_the_one_that_predicts(embedded, monkeypatch):
     hx.tl.predict(embedded[1], model, device="cpu")
     assert seen == ["cpu"]
     assert hx.settings.device == "auto"
+
+
+def test_a_prediction_replaces_predictions_only(embedded):
+    model = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]))
+    table = embedded[1]["table"]
+    table.layers["counts"] = table.X.copy()
+    before = stored(embedded[1])
+    for key, held in {
+        "counts": "layers['counts']",
+        "morphology": "obsm['X_morphology']",
+        "X_morphology": "obsm",
+    }.items():
+        with pytest.raises(DataValueError, match="no prediction") as caught:
+            hx.tl.predict(embedded[1], model, key_added=key)
+        assert held in str(caught.value)
+    with pytest.raises(DataValueError, match="cannot be stored"):
+        hx.tl.predict(embedded[1], model, key_added="my model")
+    assert stored(embedded[1]) == before
+    hx.tl.predict(embedded[1], model)
+    hx.tl.predict(embedded[1], hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0], 5)))
+    assert embedded[1]["table"].obsm["mean"].shape[1] == 5
+
+
+def test_what_cross_validation_would_overwrite_is_refused_before_the_work(embedded):
+    embedded[2]["table"].layers["mean_cv"] = embedded[2]["table"].X.copy()
+    with pytest.raises(DataValueError, match="no prediction"):
+        hx.tl.cross_validate(embedded, "mean", genes=genes_of(embedded[0]))
+
+
+def test_a_model_fitted_anew_on_bare_sections_forgets_its_recipe(embedded):
+    model = hx.tl.train(embedded[0], "mean", genes=genes_of(embedded[0]))
+    model.fit([hx.data.bridge.views_of(embedded[0], genes=genes_of(embedded[0], 4))[0].section])
+    assert model.recipe is None
+
+
+def test_scores_of_inner_choices_travel_with_the_model(embedded, tmp_path):
+    model = hx.tl.train(embedded, "ridge", genes=genes_of(embedded[0]))
+    assert -1 < model.scores["inner_pearson"] < 1
+    assert hx.models.load(model.save(tmp_path / "m.hx")).scores == model.scores

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPANIONS",
     "StoredPrediction",
+    "check_free",
     "find_prediction",
     "prediction_keys",
     "read_prediction",
@@ -46,6 +47,26 @@ def prediction_keys(adata: AnnData) -> list[str]:
     """Keys of the predictions stored in `adata`."""
     entries = adata.uns.get(Keys.NAMESPACE, {})
     return [key for key, entry in entries.items() if isinstance(entry, Mapping) and entry.get("kind") == "prediction"]
+
+
+def check_free(adata: AnnData, key: str) -> None:
+    """Raise if a prediction `key` would replace what no prediction left there.
+
+    Raises
+    ------
+    DataValueError
+        Naming what is in the way.
+    """
+    if key in prediction_keys(adata):
+        return
+    names = (key, *(Keys.derived(key, companion) for companion in COMPANIONS))
+    held = [f"layers[{name!r}]" for name in names if name in adata.layers]
+    held += [f"obsm[{name!r}]" for name in (*names, Keys.embedding(key)) if name in adata.obsm]
+    if held or key in adata.uns.get(Keys.NAMESPACE, {}):
+        there = held[0] if held else f"uns[{Keys.NAMESPACE!r}][{key!r}]"
+        raise DataValueError(
+            f"a prediction under the key {key!r} would replace {there}, which is no prediction; choose another key_added="
+        )
 
 
 def write_prediction(

@@ -155,12 +155,12 @@ def _error_of_mean(errors: pd.Series) -> float:
 
 
 def _with_interval(result: pd.DataFrame) -> pd.DataFrame:
-    if ERROR not in result or "pearson" not in result:
+    if ERROR not in result:
         return result
-    half = _NORMAL * result[ERROR]
-    return result.drop(columns=ERROR).assign(
-        pearson_lower=result["pearson"] - half, pearson_upper=result["pearson"] + half
-    )
+    half = _NORMAL * result.pop(ERROR)
+    if "pearson" in result:
+        result["pearson_lower"], result["pearson_upper"] = result["pearson"] - half, result["pearson"] + half
+    return result
 
 
 def _undefined(scores: pd.DataFrame, metrics: Sequence[str]) -> pd.Series:

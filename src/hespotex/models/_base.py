@@ -90,7 +90,7 @@ class Model(ABC, Generic[Config]):
 
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
-        self._fitted = False
+        self._fitted, self.recipe = False, None
         self.genes, self.unit, self.n_features = check_sections(sections)
         self.history, self.scores = [], {}
         self._fit(sections, run or Run())
@@ -168,6 +168,8 @@ def _resolve_config(kind: type, config: Any, options: Mapping[str, Any]) -> Any:
     """An instance of the config dataclass `kind` from an instance, a mapping or nothing, plus single options."""
     if config is None:
         config = {}
+    if isinstance(config, kind):
+        config = {each.name: getattr(config, each.name) for each in fields(kind)}
     if isinstance(config, Mapping):
         values = {**config, **options}
         known = {f.name for f in fields(kind)}
@@ -176,8 +178,6 @@ def _resolve_config(kind: type, config: Any, options: Mapping[str, Any]) -> Any:
                 f"{kind.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}"
             )
         return kind(**values)
-    if isinstance(config, kind):
-        return kind(**{**_values(config), **options}) if options else config
     raise DataTypeError(f"config must be a {kind.__name__}, a mapping or None, got {type(config).__name__}")
 
 
@@ -186,7 +186,3 @@ def config_to_json(config: Any) -> dict[str, Any]:
     if not is_dataclass(config) or isinstance(config, type):
         raise DataTypeError(f"a model's config must be a dataclass, got {type(config).__name__}")
     return asdict(config)
-
-
-def _values(config: Any) -> dict[str, Any]:
-    return {each.name: getattr(config, each.name) for each in fields(config)}

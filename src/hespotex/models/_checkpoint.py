@@ -156,7 +156,7 @@ def load(path: str | Path) -> Model:
         recipe = Recipe.from_json(_read_json(path / "recipe.json"))
         model.recipe = recipe
         model.genes, model.unit, model.n_features = recipe.genes, recipe.unit, recipe.n_features
-        model.history = config["history"]
+        model.history, model.scores = config["history"], dict(recipe.scores)
         model.load_state(arrays, config["values"])
         model._fitted = True
     except CheckpointError:

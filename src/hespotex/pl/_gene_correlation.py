@@ -178,13 +178,15 @@ def _large(scores: pd.DataFrame, min_spots: int) -> pd.DataFrame:
 
 
 def _summary(scores: pd.DataFrame, metric: str, min_spots: int) -> pd.DataFrame:
-    """Mean over genes, sections, patients and the ceiling of each model; scores that name no sections are of several."""
+    """Mean over genes, sections, patients, seeds, and the ceiling of each model; scores without sections are of several."""
     table = scores if "patient" in scores else scores.assign(patient="")
     if "section" not in table:
         table = table.assign(section=table.groupby(["model", "patient", "gene"], observed=True).cumcount())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HespotexWarning)  # about few patients: said where the scores were made
-        return aggregate(table, metrics=[metric], min_spots=min_spots).set_index("model")
+        by = ["model", *(["seed"] if "seed" in table else [])]
+        summary = aggregate(table, metrics=[metric], by=by, min_spots=min_spots)
+    return summary.groupby("model", observed=True, sort=False).mean(numeric_only=True)
 
 
 def _nulls_of_constants(scores: pd.DataFrame) -> set[str]:

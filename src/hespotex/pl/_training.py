@@ -22,6 +22,7 @@ __all__ = ["training"]
 
 EPOCH = "epoch"
 VALIDATION = "val_"
+SCORES = ("pearson", "spearman")  # of which more is better
 LABELS = {
     "loss": "loss",
     "mse": "squared error",
@@ -44,7 +45,7 @@ def training(
     """Draw what a model recorded while it was fitted, against the epoch, one panel per stage of the fit.
 
     HESpotEx has two stages: first the expression of the training spots is embedded, then the network of the image is
-    fitted. Where errors on left-out training groups were recorded, a dotted line marks the epoch with the least.
+    fitted. Where errors or correlations on left-out training groups were recorded, a dotted line marks the best epoch.
 
     Parameters
     ----------
@@ -122,8 +123,9 @@ def training(
             marker = "o" if len(values) == 1 else None
             panel.plot(epochs, values, color=colour, linewidth=1.6, marker=marker, label=label)
             if name.startswith(VALIDATION):
-                best = epochs[values.argmin()]
-                panel.axvline(best, color=colour, linestyle=":", linewidth=1.2, label=f"least error: epoch {best:.0f}")
+                is_score = name.removeprefix(VALIDATION) in SCORES
+                best = epochs[values.argmax() if is_score else values.argmin()]
+                panel.axvline(best, color=colour, linestyle=":", linewidth=1.2, label=f"best: epoch {best:.0f}")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("epoch")
         panel.set_ylabel("loss" if all(name in LABELS for name in names) else "loss or score")

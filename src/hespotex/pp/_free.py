@@ -54,7 +54,15 @@ def check_elements_free(
         )
 
 
-def check_slot_free(adata: AnnData, slot: str, key: str, *, maker: str, note: str | None = None) -> None:
+def check_slot_free(
+    adata: AnnData,
+    slot: str,
+    key: str,
+    *,
+    maker: str,
+    note: str | None = None,
+    advice: str = "Choose another key_added=, or rename or delete what is there",
+) -> None:
     """Raise if writing ``<slot>[key]`` of a table would replace what `maker` did not make.
 
     Parameters
@@ -69,6 +77,8 @@ def check_slot_free(adata: AnnData, slot: str, key: str, *, maker: str, note: st
         Name of the function in ``pp``.
     note
         Key of its record in ``uns["hespotex"]``; `key` by default.
+    advice
+        What to do about it.
 
     Raises
     ------
@@ -85,6 +95,5 @@ def check_slot_free(adata: AnnData, slot: str, key: str, *, maker: str, note: st
         return
     there = f"{slot}[{held[0]!r}]" if held else f"uns[{Keys.NAMESPACE!r}][{note!r}]"
     raise DataValueError(
-        f"{slot}[{key!r}] cannot be written: {there} is there already and {maker} did not make it. Choose another "
-        f"key_added=, or rename or delete what is there"
+        f"{slot}[{key!r}] cannot be written: {there} is there already and {maker} did not make it. {advice}"
     )

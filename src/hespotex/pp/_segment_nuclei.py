@@ -169,7 +169,14 @@ def segment_nuclei(
         names.check_free(sdata)
         if spots is not None:
             for column in (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW):
-                check_slot_free(spots.table.adata, "obs", column, maker="segment_nuclei", note=Keys.N_NUCLEI)
+                check_slot_free(
+                    spots.table.adata,
+                    "obs",
+                    column,
+                    maker="segment_nuclei",
+                    note=Keys.N_NUCLEI,
+                    advice="Rename or delete what is there",
+                )
     source = _source(sdata, slide, method, diameter_um=diameter_um, mpp=mpp, model=model, device=device)
     nuclei = segment_slide(
         slide,

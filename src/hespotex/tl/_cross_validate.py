@@ -20,7 +20,7 @@ from ..data.panel import METHODS, Method, PanelSource, choose_panel
 from ..data.provenance import record
 from ..data.section import Section, Targets, rows_of
 from ..data.splits import Fold, check_folds, group_folds
-from ..data.stored import write_prediction
+from ..data.stored import check_free, write_prediction
 from ..data.transaction import restored_on_error
 from ..data.units import check_unit
 from ..errors import DataTypeError, DataValueError, HespotexWarning
@@ -183,6 +183,11 @@ def cross_validate(
     sections = [
         _complete(view, patient, counts_layer, unit, used) for view, patient in zip(views, patients, strict=True)
     ]
+    keys_of = {label: sanitize(f"{label}_{key_added}") for label in sources}
+    if not copy:
+        for view in views:
+            for key in keys_of.values():
+                check_free(view.table.adata, key)
     panel = genes if genes is not None else lambda train: _choose(train, gene_selection, n_top_genes)
     result = cross_validate_sections(
         sections,
@@ -208,7 +213,7 @@ def cross_validate(
             for item in items:
                 stack.enter_context(restored_on_error(item))
             for label in sources:
-                _store(label, sanitize(f"{label}_{key_added}"), views, folds, result, unit, protocol)
+                _store(label, keys_of[label], views, folds, result, unit, protocol)
     logger.info("cross-validated %s: %s", ", ".join(sources), protocol)
     return table
 

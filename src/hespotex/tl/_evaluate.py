@@ -137,7 +137,7 @@ def evaluate(
     regions = regions_of(data, table_key=table_key, groups=groups)
     keys = _keys(regions[0], key)
     training = [] if reference is None else regions_of(reference, table_key=table_key)
-    _check_apart(regions, training)
+    _check_apart(regions, training, counts_layer)
     tables = []
     kinds = {key: {region.name: _protocol(region, key) for region in regions} for key in keys}
     if fitted := sorted({name for kind in kinds.values() for name, words in kind.items() if words == FITTED}):
@@ -340,21 +340,22 @@ def _split_half(test: _Measured, unit: str, seed: int) -> np.ndarray:
     return result
 
 
-def _check_apart(regions: Sequence[Region], training: Sequence[Region]) -> None:
-    if both := [region.name for region in regions if any(_same_spots(region, other) for other in training)]:
+def _check_apart(regions: Sequence[Region], training: Sequence[Region], layer: str | None) -> None:
+    if both := [region.name for region in regions if any(_same_spots(region, other, layer) for other in training)]:
         raise LeakageError(
             f"reference: sections {both} are to be evaluated and are among the training sections as well"
         )
 
 
-def _same_spots(one: Region, other: Region) -> bool:
+def _same_spots(one: Region, other: Region, layer: str | None) -> bool:
     """Whether two regions are one, also where the file was read twice."""
     a, b = one.table.adata, other.table.adata
     if a is b:
         return True
     if a.shape != b.shape or not (a.obs_names.equals(b.obs_names) and a.var_names.equals(b.var_names)):
         return False
-    return bool(np.array_equal(np.asarray(a.X.sum(axis=1)), np.asarray(b.X.sum(axis=1))))
+    first, second = (library_size(counts_of(adata, layer, f"section {one.name!r}")) for adata in (a, b))
+    return bool(np.array_equal(first, second))
 
 
 def _protocol(region: Region, key: str) -> str:

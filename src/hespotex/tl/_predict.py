@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._keys import Keys, sanitize
+from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
 from ..data.bridge import SectionView, as_list, attributes, embedding_entry, views_of
 from ..data.provenance import from_uns, record
 from ..data.section import rows_of
-from ..data.stored import COMPANIONS, write_prediction
+from ..data.stored import COMPANIONS, check_free, write_prediction
 from ..data.tables import is_derived, mark_table, resolve_shapes_key, resolve_table
 from ..data.transaction import restored_on_error
 from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError, ModelMismatchError
@@ -129,7 +129,8 @@ def predict(
                 "model was fitted on bare sections and does not know how to prepare data; "
                 "fit it with hx.tl.train(sdatas, model)"
             )
-        key = sanitize(key_added or chosen.info.name)
+        key = sanitize(chosen.info.name) if key_added is None else key_added
+        check_key(key)
         target = _shallow_copy(item) if copy else item
         with restored_on_error(target):
             table = _prepare(
@@ -340,6 +341,8 @@ def _predict_one(
     if block_rows < 1:
         raise DataValueError(f"block_rows={block_rows} must be at least 1")
     adata = table.adata
+    if not is_derived(adata):
+        check_free(adata, key)
     views = views_of(
         data,
         table_key=table.key,
