@@ -418,7 +418,7 @@ def _(bench: Bench) -> Call:
     return lambda: hx.tl.predict(bench.table, bench.model)
 
 
-@refused("a file in place of a section", DataTypeError, TypeError, "SpatialData", "str")
+@refused("a file in place of a section", DataTypeError, TypeError, "SpatialData")
 def _(bench: Bench) -> list[Call]:
     return [
         lambda: hx.tl.train("section.zarr"),
