@@ -216,3 +216,10 @@ def test_demo_writes_report_tables_and_maps(tmp_path):
     assert metrics.loc["ridge", "mean r"] > metrics.loc["null_train_mean", "mean r"]
     assert metrics["ceiling"].between(0.2, 1).all()
     assert json.loads((out / "hespotex.hx" / "manifest.json").read_text())["format"] == 1
+
+
+def test_arguments_become_options_and_calls_stay_python():
+    from hespotex.cli import _in_options
+
+    text = "pass mpp=0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"
+    assert _in_options(text) == "pass --mpp 0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"

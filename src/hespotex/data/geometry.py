@@ -373,7 +373,8 @@ def _is_crop(image: Any) -> bool:
     """Whether an image was cut by spatialdata's queries.
 
     They cut each level at whole pixels of its own, up to a pixel from where the finest is cut, and do not keep by how
-    much. Of such an image only the finest level lies where its transformation says.
+    much. Of such an image only the finest level lies where its transformation says. A crop whose transformation the user
+    replaced cannot be told; its coarser levels may lie up to a pixel of theirs off.
     """
     from spatialdata import transformations as known
 
