@@ -11,16 +11,15 @@ from spatialdata.transformations import Affine, Identity, Scale, Sequence, Trans
 
 import hespotex as hx
 from hespotex.data.geometry import (
-    Level,
     Slide,
     check_on_image,
-    level_factor,
     resolve_slide,
     shape_centres,
     shape_geometries,
     shape_positions,
     shape_radius,
 )
+from hespotex.data.pyramid import Level, level_factor
 from hespotex.errors import (
     AmbiguousKeyError,
     DataTypeError,

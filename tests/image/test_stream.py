@@ -7,7 +7,8 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from hespotex.data.geometry import Level, Slide, resolve_slide
+from hespotex.data.geometry import Slide, resolve_slide
+from hespotex.data.pyramid import Level
 from hespotex.errors import DataValueError, ScaleError
 from hespotex.image._chunks import ChunkReader
 from hespotex.image._prefetch import prefetch

@@ -6,9 +6,9 @@ Positions are (x right, y down) in pixels of an image's finest level, where pixe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,27 +20,24 @@ from ..errors import (
     DataValueError,
     GeometryError,
     HespotexWarning,
-    ImageFormatError,
     MissingKeyError,
     ScaleError,
 )
 from .lattice import visium_pitch
+from .pyramid import Level, levels_of, transformations_of
 
 if TYPE_CHECKING:
-    import dask.array as da
     from geopandas import GeoDataFrame, GeoSeries
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
 
 __all__ = [
-    "Level",
     "Slide",
     "check_on_image",
     "find_image_key",
     "image_transformations",
     "is_microns",
     "level0_shape",
-    "level_factor",
     "on_image",
     "pixel_maps",
     "resolve_slide",
@@ -55,22 +52,6 @@ MAX_UPSAMPLING = 2.0
 LEVEL_SLACK = 1.01  # stored mpp are rounded: 0.5002 µm/px serves a wish for 0.5
 PREVIEW_MPP = 2.0  # coarser than this, no nucleus is resolved: previews of Visium have 3-10 µm/px
 VISIUM_PITCH_UM = 100.0
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """One level of a slide's pyramid, which begins where level 0 begins.
-
-    Attributes
-    ----------
-    array
-        Lazy (3, h, w) uint8.
-    downsample
-        Size of its pixel in pixels of level 0, along both axes.
-    """
-
-    array: da.Array
-    downsample: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,30 +122,6 @@ def on_image(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.all((pixels >= 0) & (pixels < (width, height)), axis=1)
 
 
-def level_factor(full: Sequence[int], size: Sequence[int]) -> int | None:
-    """How many pixels of an image make one of a level; ``None`` if that is no whole number, or not one for both axes.
-
-    Pyramids halve, and drop or keep an odd last row. The ratio of sizes is then off by up to a pixel of the level at
-    the far border, which is several µm.
-
-    Parameters
-    ----------
-    full, size
-        Height and width of the image and of the level.
-
-    Examples
-    --------
-    >>> level_factor((9911, 9274), (619, 579)), level_factor((9911, 9274), (620, 580)), level_factor((90, 90), (40, 40))
-    (16, 16, None)
-    """
-    ratio = float(np.sqrt(full[0] / size[0] * full[1] / size[1]))
-    # a level of few pixels fits several numbers, of which a power of two is the likely one
-    for factor in (2 ** max(round(np.log2(ratio)), 0), max(round(ratio), 1)):
-        if all(small in (large // factor, -(-large // factor)) for large, small in zip(full, size, strict=True)):
-            return factor
-    return None
-
-
 def resolve_slide(sdata: SpatialData, *, image_key: str | None = None) -> Slide:
     """The one RGB image of `sdata` (or the one named), with its scale.
 
@@ -193,7 +150,7 @@ def resolve_slide(sdata: SpatialData, *, image_key: str | None = None) -> Slide:
         If a pixel is so large that the image is probably a preview.
     """
     key = find_image_key(sdata, image_key)
-    levels = _levels(key, sdata.images[key])
+    levels = levels_of(key, sdata.images[key])
     to_microns = _to_microns(sdata, key)
     if to_microns is None:
         spacing = _mpp_from_visium(sdata, key)
@@ -271,8 +228,8 @@ def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_k
     if not there:
         raise MissingKeyError("the object holds no image; add the H&E to sdata.images or read it with hx.io")
     if len(there) > 1 and shapes_key is not None:
-        systems = set(_transformations(_shapes(sdata, shapes_key)))
-        connected = [name for name in there if systems & set(_transformations(sdata.images[name]))]
+        systems = set(transformations_of(_shapes(sdata, shapes_key)))
+        connected = [name for name in there if systems & set(transformations_of(sdata.images[name]))]
         there = connected or there
     if len(there) > 1:
         full = [name for name in there if name.endswith("_full_image")]
@@ -288,7 +245,7 @@ def is_microns(coordinate_system: str) -> bool:
 
 def level0_shape(sdata: SpatialData, image_key: str) -> tuple[int, int]:
     """Height and width of an image in pixels, after checking that it is 8-bit RGB."""
-    height, width = _levels(image_key, sdata.images[image_key])[0].array.shape[1:]
+    height, width = levels_of(image_key, sdata.images[image_key])[0].array.shape[1:]
     return int(height), int(width)
 
 
@@ -298,7 +255,7 @@ def shape_positions(sdata: SpatialData, shapes_key: str) -> tuple[np.ndarray, st
     That is the one in µm where the shapes are in it, else ``"global"`` or the first of their systems.
     """
     shapes = _shapes(sdata, shapes_key)
-    systems = _transformations(shapes)
+    systems = transformations_of(shapes)
     system = min(systems, key=_preference)
     centroids = shapes.geometry.centroid
     return _apply(_matrix(systems[system]), np.column_stack([centroids.x, centroids.y])), system
@@ -307,10 +264,10 @@ def shape_positions(sdata: SpatialData, shapes_key: str) -> tuple[np.ndarray, st
 def pixel_maps(sdata: SpatialData, image_key: str) -> dict[tuple[str, str], np.ndarray]:
     """Affine maps to an image's level-0 pixels of all elements that share a coordinate system with it, by kind and name."""
     maps = {("images", image_key): np.eye(3)}
-    image = _transformations(sdata.images[image_key])
+    image = transformations_of(sdata.images[image_key])
     for kind in ("images", "labels", "shapes", "points"):
         for name, element in getattr(sdata, kind).items():
-            own = _transformations(element)
+            own = transformations_of(element)
             if (kind, name) in maps or not (shared := set(own) & set(image)):
                 continue
             system = min(shared, key=_preference)
@@ -320,115 +277,7 @@ def pixel_maps(sdata: SpatialData, image_key: str) -> dict[tuple[str, str], np.n
 
 def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
     """All transformations of an image: what an element in its level-0 pixels must carry, too."""
-    return _transformations(sdata.images[image_key])
-
-
-def _levels(key: str, image: Any) -> tuple[Level, ...]:
-    """The finest level and coarser ones: as stored where they are known to lie on it, else computed when read."""
-    import dask.array as da
-    from spatialdata import get_pyramid_levels
-    from xarray import DataArray
-
-    arrays = [image] if isinstance(image, DataArray) else list(get_pyramid_levels(image))
-    arrays = [_check_rgb(key, array).transpose("c", "y", "x") for array in arrays]
-    height, width = arrays[0].shape[1:]
-    if 0 in (height, width):
-        raise ImageFormatError(f"image {key!r} is empty: {width} × {height} px")
-    levels: list[Level] = []
-    trusted, is_crop = arrays[0].data, _is_crop(image)
-    trusted_factor = 1
-    for array in arrays:
-        factor = level_factor((height, width), array.shape[1:])
-        if factor is None or factor > min(height, width):
-            continue  # stretched or cut in some way: a finer level serves
-        if not levels or (not is_crop and _lies_on(arrays[0], array, factor)):
-            trusted, trusted_factor = array.data, factor
-        data = trusted if isinstance(trusted, da.Array) else da.from_array(trusted)
-        if factor % trusted_factor == 0:
-            levels.append(Level(_reduced(data, factor // trusted_factor), float(factor)))
-    return tuple(levels)
-
-
-def _reduced(array: da.Array, factor: int) -> da.Array:
-    """Lazy rounded means of squares of `factor` pixels, chunk by chunk; odd last rows and columns are dropped."""
-    if factor == 1:
-        return array
-    edges = [np.unique(np.cumsum(sizes) // factor * factor) for sizes in array.chunks[1:]]
-    rows, columns = (tuple(np.diff(stops, prepend=0)[stops > 0].tolist()) for stops in edges)
-    whole = array[:, : sum(rows), : sum(columns)].rechunk((array.chunks[0], rows, columns))
-    chunks = (array.chunks[0], *(tuple(size // factor for size in sizes) for sizes in (rows, columns)))
-    return whole.map_blocks(_square_means, factor, dtype=np.uint8, chunks=chunks)
-
-
-def _square_means(pixels: np.ndarray, side: int) -> np.ndarray:
-    total = np.zeros((len(pixels), pixels.shape[1] // side, pixels.shape[2] // side), np.uint32)
-    # one strided addition per pixel of a square: a reduction over short axes is several times slower
-    for row in range(side):
-        for column in range(side):
-            total += pixels[:, row::side, column::side]
-    return ((total + side**2 // 2) // side**2).astype(np.uint8)
-
-
-def _is_crop(image: Any) -> bool:
-    """Whether an image was cut by spatialdata's queries.
-
-    They cut each level at whole pixels of its own, up to a pixel from where the finest is cut, and do not keep by how
-    much. Of such an image only the finest level lies where its transformation says. A crop whose transformation the user
-    replaced cannot be told; its coarser levels may lie up to a pixel of theirs off.
-    """
-    from spatialdata import transformations as known
-
-    return any(
-        isinstance(way, known.Sequence)
-        and way.transformations
-        and isinstance(way.transformations[0], known.Translation)
-        for way in _transformations(image).values()
-    )
-
-
-def _lies_on(finest: Any, array: Any, factor: int) -> bool:
-    """Whether pixel *i* of a level is known to cover [i·factor, (i + 1)·factor) of the finest level."""
-    for axis in ("x", "y"):
-        large, small = finest.sizes[axis], array.sizes[axis]
-        if axis in finest.coords and axis in array.coords:
-            centres = array.coords[axis].values - finest.coords[axis].values[0] + 0.5
-            steps = np.arange(small) + 0.5
-            if np.allclose(centres, steps * factor, rtol=0, atol=1e-3):
-                continue
-            if not np.allclose(centres, steps * large / small, rtol=0, atol=1e-3):
-                return False
-        # spatialdata states the ratio of sizes, whatever was done with the odd rows: its own pyramids drop the first
-        # ones, those of files the last
-        if small * factor < large:
-            return False
-    return True
-
-
-def _check_rgb(key: str, array: Any) -> Any:
-    channels = array.sizes.get("c", 1)
-    if channels == 4:
-        raise ImageFormatError(
-            f"image {key!r} has 4 channels (RGBA?); drop the alpha channel: image.isel(c=slice(0, 3))"
-        )
-    if channels != 3:
-        raise ImageFormatError(
-            f"image {key!r} has {channels} channel{'s' * (channels != 1)}; an H&E image has 3 (red, green, blue). "
-            f"If it was read with axes in another order, pass dims= to Image2DModel.parse"
-        )
-    if array.dtype != np.uint8:
-        fix = (
-            "scale it to 0-255 and cast: (image * 255).astype('uint8') for values in [0, 1]"
-            if array.dtype.kind == "f"
-            else "rescale it to 0-255, for 16 bit: (image // 257).astype('uint8')"
-        )
-        raise ImageFormatError(f"image {key!r} is {array.dtype}, 8-bit RGB (uint8) is needed; {fix}")
-    return array
-
-
-def _transformations(element: Any) -> dict[str, BaseTransformation]:
-    from spatialdata.transformations import get_transformation
-
-    return get_transformation(element, get_all=True)
+    return transformations_of(sdata.images[image_key])
 
 
 def _matrix(transformation: BaseTransformation) -> np.ndarray:
@@ -459,7 +308,7 @@ def _isotropic(key: str, to_microns: np.ndarray) -> float:
 
 
 def _to_microns(sdata: SpatialData, key: str) -> np.ndarray | None:
-    known = _transformations(sdata.images[key])
+    known = transformations_of(sdata.images[key])
     if Keys.MICRONS in known:
         return _matrix(known[Keys.MICRONS])
     suffixed = [name for name in known if is_microns(name)]
@@ -513,8 +362,8 @@ def _shapes(sdata: SpatialData, shapes_key: str) -> GeoDataFrame:
 
 def _to_pixels(sdata: SpatialData, shapes_key: str, image_key: str) -> np.ndarray:
     """Affine map of stored shape coordinates to level-0 pixels: inverse(image → system) ∘ (shapes → system)."""
-    image = _transformations(sdata.images[image_key])
-    shapes = _transformations(sdata.shapes[shapes_key])
+    image = transformations_of(sdata.images[image_key])
+    shapes = transformations_of(sdata.shapes[shapes_key])
     shared = sorted(set(image) & set(shapes), key=_preference)
     if not shared:
         raise GeometryError(

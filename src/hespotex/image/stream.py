@@ -21,7 +21,8 @@ from ._resample import AreaAxis, reduce_area
 if TYPE_CHECKING:
     import dask.array as da
 
-    from ..data.geometry import Level, Slide
+    from ..data.geometry import Slide
+    from ..data.pyramid import Level
 
 __all__ = ["Block", "TileBatch", "WorkingGrid", "iter_blocks", "iter_tiles", "working_grid"]
 

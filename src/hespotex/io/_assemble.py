@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._keys import Keys
-from ..data.geometry import level_factor, on_image
+from ..data.geometry import on_image
+from ..data.pyramid import level_factor
 from ..errors import DataValueError, GeometryError
 
 if TYPE_CHECKING:
