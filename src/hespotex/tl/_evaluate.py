@@ -22,8 +22,8 @@ from ..data.tables import is_derived
 from ..data.transaction import restored_on_error
 from ..data.units import normalize
 from ..errors import AmbiguousKeyError, DataValueError, HespotexWarning, LeakageError, MissingKeyError
-from ._blocks import BLOCK_ERROR, block_error
 from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
+from ._rows import scored_rows
 from ._windows import windows_of
 
 if TYPE_CHECKING:
@@ -182,28 +182,21 @@ def evaluate(
         scored: list[tuple[str, np.ndarray, Any]] = [(name, guess, slice(None)) for name, guess in guesses.items()]
         scored += [(name, guess, usable) for name, guess in learned.items()]
         for name, guess, chosen in scored:
-            table = scores.score(
-                test.values[:, chosen],
-                guess,
-                np.asarray(genes, dtype=object)[chosen].tolist(),
-                metrics=metrics,
-                training_mean=training_mean[chosen],
-                windows=windows,
-                nan_policy=nan_policy,  # type: ignore[arg-type]
-            )
-            table["split_half"] = halves[chosen]
-            if "pearson" in metrics:
-                table[BLOCK_ERROR] = block_error(
+            tables.append(
+                scored_rows(
                     test.values[:, chosen],
                     guess,
-                    test.coordinates,
-                    [seed, number],
-                    nan_policy,  # type: ignore[arg-type]
+                    np.asarray(genes, dtype=object)[chosen].tolist(),
+                    front={"model": name, "patient": region.patient, "section": region.name},
+                    halves=halves[chosen],
+                    coordinates=test.coordinates,
+                    seed=[seed, number],
+                    metrics=metrics,
+                    nan_policy=nan_policy,  # type: ignore[arg-type]
+                    training_mean=training_mean[chosen],
+                    windows=windows,
                 )
-            front = {"model": name, "patient": region.patient, "section": region.name}
-            for position, (column, value) in enumerate(front.items()):
-                table.insert(position, column, value)
-            tables.append(table)
+            )
     result = pd.concat(tables, ignore_index=True)
     result["ceiling"] = scores.gene_ceiling(result)
     result.attrs["unit"] = unit

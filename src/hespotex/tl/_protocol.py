@@ -20,8 +20,8 @@ from ..data.section import Prediction, Section, Targets, rows_of
 from ..data.splits import Fold
 from ..errors import DataValueError
 from ..models import Model, Run, create
-from ._blocks import BLOCK_ERROR, block_error
 from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
+from ._rows import scored_rows
 from ._windows import windows_of
 
 if TYPE_CHECKING:
@@ -146,22 +146,22 @@ def cross_validate_sections(
                     guesses[name] = rows_of(model.predict(view(blind)).mean, rows)
             halves = _split_half(test, genes, unit, n_thinning, run.seed)
             for label, guess in guesses.items():
-                table = scores.score(
-                    measured, guess, genes, metrics=metrics, training_mean=training_mean, windows=windows
+                front = {"model": label, "seed": run.seed, "fold": fold.name}
+                front |= {"patient": test.group, "section": test.name}
+                tables.append(
+                    scored_rows(
+                        measured,
+                        guess,
+                        genes,
+                        front=front,
+                        halves=halves,
+                        coordinates=test.coordinates,
+                        seed=[run.seed, int(index)],
+                        metrics=metrics,
+                        training_mean=training_mean,
+                        windows=windows,
+                    )
                 )
-                table["split_half"] = halves
-                if "pearson" in metrics:
-                    table[BLOCK_ERROR] = block_error(measured, guess, test.coordinates, [run.seed, int(index)])
-                front = {
-                    "model": label,
-                    "seed": run.seed,
-                    "fold": fold.name,
-                    "patient": test.group,
-                    "section": test.name,
-                }
-                for position, (column, value) in enumerate(front.items()):
-                    table.insert(position, column, value)
-                tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     table["ceiling"] = scores.gene_ceiling(table)
     return CrossValidation(table, predictions, fitted_folds)
