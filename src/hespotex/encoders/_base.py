@@ -105,15 +105,15 @@ class TileEncoder(Encoder):
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Stream the tiles in storage order through :meth:`encode`."""
+        for rows, pixels in self._tiles(slide, centres, batch_size=batch_size, progress_bar=progress_bar):
+            yield rows, self.encode(pixels, device)
+
+    def _tiles(
+        self, slide: Slide, centres: np.ndarray, *, batch_size: int, progress_bar: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows of `centres` and their pixels, batch by batch in storage order."""
         from ..image.stream import iter_tiles
 
-        tiles = iter_tiles(
-            slide,
-            centres,
-            tile_um=self.tile_um,
-            tile_px=self.tile_px,
-            batch_size=batch_size,
-            progress_bar=progress_bar,
-        )
-        for batch in tiles:
-            yield batch.rows, self.encode(batch.pixels, device)
+        size: dict[str, Any] = {"tile_um": self.tile_um, "tile_px": self.tile_px}
+        for batch in iter_tiles(slide, centres, **size, batch_size=batch_size, progress_bar=progress_bar):
+            yield batch.rows, batch.pixels

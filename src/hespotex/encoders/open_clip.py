@@ -141,25 +141,16 @@ class OpenClipEncoder(TileEncoder):
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
         return self._network(tiles, device, after=_unit_length if self._normalize else None)
 
-    def embed(
-        self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
+    def _tiles(
+        self, slide: Slide, centres: np.ndarray, *, batch_size: int, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Stream tiles, or patches as published, in storage order through :meth:`encode`."""
+        """Tiles, or patches as published."""
         if self._patch == "tile":
-            yield from super().embed(slide, centres, batch_size=batch_size, device=device, progress_bar=progress_bar)
-            return
+            return super()._tiles(slide, centres, batch_size=batch_size, progress_bar=progress_bar)
         from ..image.patches import iter_patches
 
-        patches = iter_patches(
-            slide,
-            centres,
-            diameter_um=self.tile_um,
-            side=self.tile_px,
-            batch_size=batch_size,
-            progress_bar=progress_bar,
-        )
-        for rows, pixels in patches:
-            yield rows, self.encode(pixels, device)
+        size: dict[str, Any] = {"diameter_um": self.tile_um, "side": self.tile_px}
+        return iter_patches(slide, centres, **size, batch_size=batch_size, progress_bar=progress_bar)
 
     def _find(
         self, weights: str | Path | None, revision: str | None, name: str | None, sha256: str | None
