@@ -245,7 +245,7 @@ def _read(path: Path, *, mpp: float | None = None) -> SpatialData:
     remedy = "give a store that SpatialData.write made"
     try:
         sdata = spatialdata.read_zarr(path)
-    except Exception as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataValueError(f"{path} cannot be read as a SpatialData store ({error}); {remedy}") from error
     if not list(sdata.gen_elements()):
         raise DataValueError(f"{path} holds no image, shapes or table of SpatialData; {remedy}")

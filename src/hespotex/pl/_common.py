@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from spatialdata import SpatialData
 
 UNIT_LABELS = {
     "log1p_cp10k": "log1p CP10k",
@@ -49,6 +50,17 @@ def unit_label(pred: AnnData) -> str:
     """The prediction's unit in words for an axis."""
     unit = str(entry_of(pred)[1].get("unit", ""))
     return UNIT_LABELS.get(unit, unit)
+
+
+def predicted_genes(
+    data: SpatialData | AnnData, genes: str | Sequence[str], key: str | None, table_key: str | None
+) -> tuple[AnnData, list[str]]:
+    """The prediction meant, as an AnnData, and the names of the genes asked for, all of them in it."""
+    from ..get import prediction
+
+    check_data(data)
+    pred = prediction(data, key, table_key=table_key)
+    return pred, gene_list(genes, pred)
 
 
 def gene_list(genes: str | Sequence[str], pred: AnnData) -> list[str]:

@@ -13,13 +13,12 @@ from ..errors import MissingKeyError
 from ._common import (
     PALETTE,
     axes_array,
-    check_data,
     column,
     column_count,
     entry_of,
     figure_of,
-    gene_list,
     is_measured,
+    predicted_genes,
     save_figure,
     stored_score,
     title_list,
@@ -104,11 +103,7 @@ def predicted_vs_measured(
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
 
-    from ..get import prediction
-
-    check_data(data)
-    pred = prediction(data, key, table_key=table_key)
-    names = gene_list(genes, pred)
+    pred, names = predicted_genes(data, genes, key, table_key)
     if missing := [name for name in names if not is_measured(pred, name)]:
         raise MissingKeyError(
             f"genes={missing}: prediction {entry_of(pred)[0]!r} has no measurement of them to compare with in this object"

@@ -15,12 +15,11 @@ from .._keys import Keys
 from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
 from ._common import (
     axes_array,
-    check_data,
     column,
     column_count,
     figure_of,
-    gene_list,
     is_measured,
+    predicted_genes,
     save_figure,
     stored_score,
     title_list,
@@ -130,11 +129,7 @@ def spatial(
     import matplotlib.pyplot as plt
     from anndata import AnnData
 
-    from ..get import prediction
-
-    check_data(data)
-    pred = prediction(data, key, table_key=table_key)
-    names = gene_list(genes, pred)
+    pred, names = predicted_genes(data, genes, key, table_key)
     rows = _rows(pred, names, show_measured=measured)
     titles = title_list(title, names)
     canvas = (
