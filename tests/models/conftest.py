@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 
-from hespotex.data.section import Section, Targets
+from hespotex.data.section import Parts, Section, Targets
+from hespotex.data.shares import disc_shares, inside_shares
 from hespotex.models.nn.graphs import nearest
 
 
@@ -110,3 +112,72 @@ def reordered() -> Callable[[Section], Section]:
         )
 
     return reorder
+
+
+def parts_section(
+    name: str = "s0",
+    *,
+    side: int = 40,
+    size_um: float = 8.0,
+    pitch_um: float = 40.0,
+    radius_um: float = 14.0,
+    n_features: int = 5,
+    n_genes: int = 4,
+    depth: float = 30.0,
+    level: str = "superpixel",
+    seed: int = 0,
+    group: str | None = None,
+    unit: str = "counts",
+) -> tuple[Section, np.ndarray]:
+    """Round spots over a square grid of superpixels (or over as many scattered nuclei), and the truth of each part.
+
+    The truth (m, G) is the expected count of a whole part; a spot's counts are Poisson of ``share @ truth``. It follows
+    smooth features, the same way in every section.
+    """
+    rng = np.random.default_rng([seed, 7])
+    extent = side * size_um
+    row, column = np.divmod(np.arange(side * side), side)
+    if level == "superpixel":
+        xy = (np.column_stack([column, row]) + 0.5) * size_um
+    else:
+        xy = rng.uniform(0, extent, size=(side * side // 4, 2))
+    waves = np.random.default_rng(98).normal(size=(n_features, 2)) * 2 * np.pi / extent
+    phase = rng.uniform(0, 2 * np.pi, size=n_features)
+    features = np.sin(xy @ waves.T * 1.5 + phase) + 0.1 * rng.normal(size=(len(xy), n_features))
+    mixing = np.random.default_rng(97).normal(size=(n_features, n_genes))
+    truth = depth * np.exp(0.7 * features @ mixing) / (np.pi * (radius_um / size_um) ** 2)
+    ticks = np.arange(pitch_um / 2, extent, pitch_um)
+    spots = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    if level == "superpixel":
+        half = size_um / 2
+        squares = shapely.box(*(xy - half).T, *(xy + half).T)
+        share = disc_shares(spots, radius_um, squares, size_um**2)
+    else:
+        share = inside_shares(shapely.buffer(shapely.points(spots), radius_um), xy)
+    counts = rng.poisson(share @ truth)
+    parts = Parts(
+        ids=np.arange(len(xy)).astype(str),
+        coordinates=xy,
+        share=share,
+        features=features.astype(np.float32),
+        colour=(0.5 + 0.4 * np.tanh(features[:, :3])).astype(np.float32),
+        grid=np.column_stack([row, column]) if level == "superpixel" else None,
+        size_um=size_um if level == "superpixel" else None,
+        level=level,
+    )
+    section = Section(
+        name=name,
+        ids=np.array([f"{name}-{i}" for i in range(len(spots))]),
+        features=np.zeros((len(spots), 0), dtype=np.float32),
+        coordinates=spots,
+        targets=Targets(counts, counts.sum(axis=1) + 1.0, tuple(f"g{i}" for i in range(n_genes)), unit),
+        group=group,
+        parts=parts,
+    )
+    return section, truth
+
+
+@pytest.fixture(scope="session")
+def make_parts() -> Callable[..., tuple[Section, np.ndarray]]:
+    """Maker of sections with parts below their spots, and of the truth."""
+    return parts_section

@@ -19,7 +19,7 @@ from .units import check_unit, normalize
 
 __all__ = ["Level", "Parts", "Prediction", "Rows", "Section", "Targets", "rows_of"]
 
-Level = Literal["spot", "nucleus", "superpixel"]
+Level = Literal["spot", "nucleus", "superpixel"]  # "spot" stands for any observation: spots, tiles, positions
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What observations are made of: nuclei, or cells of a fine grid.
+    """What lies below the observations: nuclei, cells of a fine grid, or positions between the spots.
 
     Attributes
     ----------
@@ -101,23 +101,61 @@ class Parts:
     coordinates
         Centres in µm (x, y), (m, 2).
     share
-        Observations × parts, sparse (n, m): how much of each part an observation covers.
+        Observations × parts, sparse (n, m): how much of each part an observation covers, in units of a whole part.
+        A nucleus counts 1; a cell of the grid the area of it that lies under the spot *and* in tissue, over that of
+        a whole cell. So ``share @ values`` sums values per part, and what the tissue's border cuts off counts nothing.
     features
         Features of the parts, (m, d); any row field.
+    colour
+        Mean colour of the parts, RGB in [0, 1], (m, 3) float32; any row field.
+    grid
+        Row and column of each cell on the grid, (m, 2) int; ``None`` for nuclei.
+    size_um
+        Side of a cell of the grid in µm; ``None`` for nuclei.
     level
-        ``"nucleus"`` or ``"superpixel"``.
+        ``"nucleus"``, ``"superpixel"``, or ``"spot"`` for positions of another lattice.
     """
 
     ids: np.ndarray
     coordinates: np.ndarray
     share: sparse.csr_array
     features: Rows | None = None
+    colour: Rows | None = None
+    grid: np.ndarray | None = None
+    size_um: float | None = None
     level: Level = "nucleus"
 
     def __post_init__(self) -> None:
-        _check_length("Parts", len(self.ids), coordinates=self.coordinates, features=self.features)
+        _check_length(
+            "Parts",
+            len(self.ids),
+            coordinates=self.coordinates,
+            features=self.features,
+            colour=self.colour,
+            grid=self.grid,
+        )
         if self.share.shape[1] != len(self.ids):
             raise DataValueError(f"Parts.share has {self.share.shape[1]} columns for {len(self.ids)} parts")
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        return len(self.ids)
+
+    def require(self, field_name: Literal["features", "colour", "grid"]) -> Any:
+        """One of the optional fields, or an error naming the call that makes it."""
+        value = getattr(self, field_name)
+        if value is None:
+            shapes = {"nucleus": "nuclei", "superpixel": "superpixels"}.get(self.level, "tiles")
+            made_by = {
+                "features": "hx.pp.embed_nuclei(sdata)"
+                if self.level == "nucleus"
+                else f"hx.pp.embed(sdata, encoder, shapes_key={shapes!r})",
+                "colour": f"hx.pp.embed(sdata, 'rgb', shapes_key={shapes!r})",
+                "grid": "hx.pp.superpixels(sdata)",
+            }
+            raise DataValueError(f"the {shapes} have no {field_name}; make them with {made_by[field_name]}")
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +220,15 @@ class Section:
         if self.targets is None:
             raise DataValueError(f"section {self.name!r} has no measured expression to learn from")
         return self.targets
+
+    def require_parts(self) -> Parts:
+        """The parts, or an error naming the section that has none."""
+        if self.parts is None:
+            raise DataValueError(
+                f"section {self.name!r} has no parts below its spots; make them with hx.pp.superpixels(sdata) or "
+                "hx.pp.segment_nuclei(sdata)"
+            )
+        return self.parts
 
     def extra(self, name: str, made_by: str) -> np.ndarray:
         """One of :attr:`extras`, or an error naming the call that makes it."""

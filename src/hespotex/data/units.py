@@ -14,8 +14,9 @@ from ..errors import DataValueError
 
 __all__ = ["UNITS", "Unit", "check_unit", "normalize", "normalize_sparse"]
 
-Unit = Literal["log1p_cp10k", "log1p_cpm_panel", "counts"]
+Unit = Literal["log1p_cp10k", "log1p_cpm_panel", "log1p_counts", "log2_counts", "counts"]
 UNITS: Final[tuple[str, ...]] = get_args(Unit)
+_PLAIN_LOGS: Final = {"log1p_counts": 1.0, "log2_counts": float(np.log(2.0))}  # natural log over base, no library size
 
 
 def check_unit(unit: str) -> str:
@@ -39,6 +40,8 @@ def normalize(
     unit
         ``"log1p_cp10k"``: log1p of counts per 10,000 of the full library (default);
         ``"log1p_cpm_panel"``: log1p of counts per million within the panel (HESpotEx as published);
+        ``"log1p_counts"``: log1p of the counts (TESLA as published);
+        ``"log2_counts"``: log2 of the counts plus one (HisDiff and Stem as published);
         ``"counts"``: unchanged.
 
     Notes
@@ -50,6 +53,8 @@ def normalize(
     values = np.asarray(dense.toarray() if sparse.issparse(counts) else dense, dtype=np.float64)
     if unit == "counts":
         return values.astype(np.float32)
+    if unit in _PLAIN_LOGS:
+        return (np.log1p(values) / _PLAIN_LOGS[unit]).astype(np.float32)
     scale = _row_scale(values.sum(axis=1), library_size, unit)
     return np.log1p(values * scale[:, None]).astype(np.float32)
 
@@ -60,7 +65,9 @@ def normalize_sparse(
     """The same as :func:`normalize`, CSR float32: every unit maps 0 to 0, so nothing is filled in."""
     check_unit(unit)
     values = sparse.csr_array(counts, dtype=np.float64)
-    if unit != "counts":
+    if unit in _PLAIN_LOGS:
+        values.data = np.log1p(values.data) / _PLAIN_LOGS[unit]
+    elif unit != "counts":
         scale = _row_scale(np.asarray(values.sum(axis=1)).ravel(), library_size, unit)
         values = sparse.csr_array(sparse.diags_array(scale) @ values)
         values.data = np.log1p(values.data)

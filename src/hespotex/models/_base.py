@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -14,9 +16,21 @@ from ..data.section import Level, Prediction, Section
 from ..errors import DataTypeError, DataValueError, ModelMismatchError
 from ._recipe import Recipe
 
-__all__ = ["Model", "ModelInfo", "Run", "check_sections"]
+__all__ = ["NEEDS", "Model", "ModelInfo", "Run", "Task", "check_sections"]
 
 Config = TypeVar("Config")
+
+Task = Literal["transfer", "in-sample", "both"]  # other sections by their image, the section's own finer level, or both
+
+NEEDS = {
+    "embedding": "features of the observations",
+    "graph": "neighbour graph of the observations",
+    "nuclei": "number of nuclei of each observation",
+    "parts": "nuclei or superpixels with features",
+    "positions": "nuclei, superpixels or positions of a lattice, without features",
+    "colour": "mean colour of the superpixels",
+    "expression": "measured expression, also to predict",
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +40,11 @@ class ModelInfo:
     name: str
     summary: str
     level: Level = "spot"
-    task: str = "transfer"  # or "in-sample"
-    needs: tuple[str, ...] = ("embedding",)  # of: embedding, graph, nuclei, image
+    task: Task = "transfer"
+    needs: tuple[str, ...] = ("embedding",)  # of NEEDS
+    trained: bool = True  # False: hx.tl.predict(sdata, name) works at once
     uncertainty: bool = False
+    cost: str = ""  # of a fit on one her2st section on two CPU cores, and how it grows
     presets: tuple[str, ...] = ()
     paper: str = ""  # DOI
 
@@ -69,6 +85,7 @@ class Model(ABC, Generic[Config]):
         self.n_features: int = 0
         self.history: list[dict[str, float]] = []  # one row per epoch, for pl.training
         self.scores: dict[str, float] = {}  # of choices inside the training sections, kept in the recipe
+        self.fitted_on: tuple[str, ...] = ()  # marks of the sections, by which an in-sample method knows its own
         self._fitted = False
 
     @classmethod
@@ -85,13 +102,42 @@ class Model(ABC, Generic[Config]):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of a section this model reads, of ``embedding``, ``graph``, ``nuclei``; its config may decide."""
+        """Fields of a section this model reads, of :data:`NEEDS`; its config may decide."""
         return getattr(self.config, "needs", self.info.needs)
+
+    @property
+    def level(self) -> Level:
+        """What a row of the prediction is; the config may decide."""
+        return getattr(self.config, "level", self.info.level)
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the model predicts for the parts of a section rather than for its observations."""
+        return bool({"parts", "positions"} & set(self.needs))
+
+    def with_options(self, **options: Any) -> Self:
+        """The same fitted model with other settings of *prediction*, those in ``Config.at_prediction``.
+
+        Raises
+        ------
+        DataValueError
+            If an option is not one of prediction, so that it would need another fit.
+        """
+        allowed = tuple(getattr(self.Config, "at_prediction", ()))
+        if unknown := sorted(set(options) - set(allowed)):
+            has = f"it has {', '.join(allowed)}" if allowed else "it has none"
+            raise DataValueError(
+                f"{', '.join(map(repr, unknown))}: no option of prediction with {self.info.name!r}; {has}"
+            )
+        changed = copy(self)
+        changed.config = _resolve_config(self.Config, self.config, options)
+        return changed
 
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
         self._fitted, self.recipe = False, None
-        self.genes, self.unit, self.n_features = check_sections(sections)
+        self.genes, self.unit, self.n_features = check_sections(sections, self.needs)
+        self.fitted_on = tuple(map(_mark, sections)) if self.info.task == "in-sample" else ()
         self.history, self.scores = [], {}
         self._fit(sections, run or Run())
         self._fitted = True
@@ -127,10 +173,24 @@ class Model(ABC, Generic[Config]):
         """Raise unless `section` fits the fitted model."""
         if not self.is_fitted:
             raise ModelMismatchError(f"this {self.info.name!r} model is not fitted; call hx.tl.train first")
-        if section.features.shape[1] != self.n_features:
+        width = _width(section, self.needs)
+        if width != self.n_features and {"embedding", "parts"} & set(self.needs):
+            each = "part" if self.reads_parts else "observation"
             raise ModelMismatchError(
-                f"section {section.name!r} has {section.features.shape[1]} features per observation, the model was "
-                f"trained on {self.n_features}; embed it with the model's own encoder: hx.tl.predict(sdata, model)"
+                f"section {section.name!r} has {width} features per {each}, the model was trained on "
+                f"{self.n_features}; embed it with the model's own encoder: hx.tl.predict(sdata, model)"
+            )
+        if "colour" in self.needs:
+            section.require_parts().require("colour")
+        if "expression" in self.needs:
+            targets = section.require_targets()
+            if targets.genes != self.genes or targets.unit != self.unit:
+                raise ModelMismatchError(f"section {section.name!r} differs from the model in genes or unit")
+        if self.info.task == "in-sample" and _mark(section) not in self.fitted_on:
+            raise ModelMismatchError(
+                f"{self.info.name!r} predicts only the section it was fitted on, and {section.name!r} is another; fit "
+                f"one for it, hx.tl.train(sdata, {self.info.name!r}), or take a method whose task is 'transfer' or "
+                "'both' in hx.models.available()"
             )
 
     def __repr__(self) -> str:
@@ -138,7 +198,24 @@ class Model(ABC, Generic[Config]):
         return f"{type(self).__name__}({fitted})"
 
 
-def check_sections(sections: Sequence[Section]) -> tuple[tuple[str, ...], str, int]:
+def _width(section: Section, needs: Sequence[str]) -> int:
+    """Number of features that a model with these needs reads, of the parts or of the observations."""
+    if {"parts", "positions"} & set(needs):
+        parts = section.require_parts()
+        return int(parts.require("features").shape[1]) if "parts" in needs else 0
+    return int(section.features.shape[1]) if "embedding" in needs else 0
+
+
+def _mark(section: Section) -> str:
+    """Equal for one section whatever it is called, different for different ones."""
+    digest = hashlib.sha256("\n".join(map(str, section.ids)).encode())
+    digest.update(np.ascontiguousarray(np.round(np.asarray(section.coordinates, dtype=np.float64), 3)).data)
+    return digest.hexdigest()[:16]
+
+
+def check_sections(
+    sections: Sequence[Section], needs: Sequence[str] = ("embedding",)
+) -> tuple[tuple[str, ...], str, int]:
     """Genes, unit and feature width that all training sections agree on, or an error."""
     if isinstance(sections, Section):
         raise DataTypeError("sections must be a sequence of Section, got a single Section; wrap it in a list")
@@ -151,17 +228,17 @@ def check_sections(sections: Sequence[Section]) -> tuple[tuple[str, ...], str, i
         targets = section.require_targets()
         if targets.genes != first.genes or targets.unit != first.unit:
             raise DataValueError(f"section {section.name!r} differs from {sections[0].name!r} in genes or unit")
-        if section.features.shape[1] != sections[0].features.shape[1]:
+        if _width(section, needs) != _width(sections[0], needs):
             raise DataValueError(
-                f"section {section.name!r} has {section.features.shape[1]} features, "
-                f"{sections[0].name!r} has {sections[0].features.shape[1]}: embed both with one encoder"
+                f"section {section.name!r} has {_width(section, needs)} features, "
+                f"{sections[0].name!r} has {_width(sections[0], needs)}: embed both with one encoder"
             )
         if section.n_obs == 0:
             raise DataValueError(f"section {section.name!r} has no observations")
     names = [section.name for section in sections]
     if len(set(names)) != len(names):
         raise DataValueError(f"section names must be unique, got {names}")
-    return first.genes, first.unit, int(sections[0].features.shape[1])
+    return first.genes, first.unit, _width(sections[0], needs)
 
 
 def _resolve_config(kind: type, config: Any, options: Mapping[str, Any]) -> Any:

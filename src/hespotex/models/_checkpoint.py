@@ -71,6 +71,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> Path:
         "config": config_to_json(model.config),
         "values": values,
         "history": model.history,
+        "fitted_on": list(model.fitted_on),
         "hespotex_version": __version__,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,7 @@ def load(path: str | Path) -> Model:
         model.recipe = recipe
         model.genes, model.unit, model.n_features = recipe.genes, recipe.unit, recipe.n_features
         model.history, model.scores = config["history"], dict(recipe.scores)
+        model.fitted_on = tuple(config.get("fitted_on", ()))
         model.load_state(arrays, config["values"])
         model._fitted = True
     except CheckpointError:
