@@ -29,6 +29,8 @@ class Keys:
     TISSUE_MASK_SUFFIX: Final = "_tissue"  # squidpy: labels["<image>_tissue"]
     TISSUE_LAZYSLIDE: Final = "tissues"
     TILES: Final = "tiles"
+    SUPERPIXELS: Final = "superpixels"
+    DENSE_SPOTS: Final = "dense_spots"
     NUCLEI: Final = "nuclei"
     NUCLEI_LABELS: Final = "nuclei_labels"
     NUCLEI_TABLE: Final = "nuclei_features"
@@ -37,6 +39,11 @@ class Keys:
     REGION: Final = "region"
     INSTANCE: Final = "spot_id"
     TILE_ID: Final = "tile_id"
+    PART_ID: Final = "part_id"
+    SUPERPIXEL_ID: Final = "superpixel_id"
+    GRID_ROW: Final = "row"  # of a superpixel on its grid
+    GRID_COL: Final = "col"
+    SIZE_UM: Final = "size_um"
     NUCLEUS_ID: Final = "nucleus_id"
     ARRAY_ROW: Final = "array_row"
     ARRAY_COL: Final = "array_col"
@@ -47,6 +54,7 @@ class Keys:
     TARGET: Final = "hespotex_target"
 
     # arrays
+    COLOUR: Final = "X_rgb"
     SPATIAL: Final = "spatial"
     CONNECTIVITIES: Final = "spatial_connectivities"
     DISTANCES: Final = "spatial_distances"

@@ -24,14 +24,17 @@ from ..errors import (
     ScaleError,
 )
 from .counts import check_counts, check_names, counts_of, library_size
-from .section import Section, Targets
-from .tables import AnnotatedTable, resolve_slides, resolve_table, table_centres
+from .geometry import shape_centres
+from .parts import Observed, PartsView, parts_view
+from .section import Level, Section, Targets
+from .tables import AnnotatedTable, resolve_slides, resolve_table, row_positions, table_centres
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
 __all__ = [
+    "PartsWanted",
     "Region",
     "SectionView",
     "as_list",
@@ -45,11 +48,22 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class SectionView:
-    """A section and the rows of the table it was made from."""
+    """A section, the rows of the table it was made from, and where its parts came from."""
 
     section: Section
     table: AnnotatedTable
     rows: np.ndarray
+    parts: PartsView | None = None
+
+
+@dataclass(frozen=True)
+class PartsWanted:
+    """What a method below the spot reads of the parts; arguments of :func:`hespotex.data.parts.parts_view`."""
+
+    level: Level
+    needs: tuple[str, ...]
+    key: str | None = None
+    embedding_key: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +162,7 @@ def views_of(
     groups: Sequence[str] | str | None = None,
     min_counts: int = 0,
     with_edges: bool = False,
+    parts: PartsWanted | None = None,
 ) -> list[SectionView]:
     """One view for each region of each object.
 
@@ -169,16 +184,25 @@ def views_of(
         Observations with fewer counts (over all genes) are left out, with a warning.
     with_edges
         Whether the neighbour graph is needed.
+    parts
+        What is read of nuclei or superpixels; the observations then need no embedding. Where a table annotates several
+        regions, `shapes_key` says which of them the parts lie in.
 
     Raises
     ------
     MissingKeyError
-        If an embedding or graph is missing; the ``pp`` call that makes it is named.
+        If an embedding, graph or parts is missing; the ``pp`` call that makes it is named.
     """
     views: list[SectionView] = []
     places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of each table, not of each of its regions
     for region in regions_of(sdatas, table_key=table_key, shapes_key=shapes_key, groups=groups):
         table = region.table
+        if parts is not None:
+            if (
+                view := _fine_view(region, parts, shapes_key, image_key, genes, unit, counts_layer, min_counts)
+            ) is not None:
+                views.append(view)
+            continue
         key = find_embedding(table.adata, embedding_key, where=f"section {region.name!r}")
         if id(table) not in places:
             places = {id(table): _coordinates(region.data, table, image_key, key)}
@@ -306,24 +330,7 @@ def _view(
     with_edges: bool,
 ) -> SectionView:
     adata = table.adata
-    targets = None
-    if genes is not None:
-        counts, total = _counts(adata, rows, genes, counts_layer, name)
-        enough = total >= min_counts
-        if not enough.any():
-            raise DataValueError(
-                f"section {name!r}: none of its {len(rows)} observations has min_counts={min_counts} counts or more; leave "
-                "the section out, or lower min_counts"
-            )
-        if not enough.all():
-            warnings.warn(
-                f"section {name!r}: {int((~enough).sum())} of {len(rows)} observations have fewer than {min_counts} "
-                "counts and are left out",
-                HespotexWarning,
-                stacklevel=2,
-            )
-            rows, counts, total = rows[enough], counts[enough], total[enough]
-        targets = Targets(counts, total, tuple(genes), unit)
+    rows, targets = _targets(adata, rows, name, genes, unit, counts_layer, min_counts)
     everything = len(rows) == adata.n_obs
     features = adata.obsm[embedding_key]
     extras = {
@@ -342,6 +349,88 @@ def _view(
         extras={"pixel": pixels[rows], **extras},
     )
     return SectionView(section, table, rows)
+
+
+def _targets(
+    adata: AnnData,
+    rows: np.ndarray,
+    name: str,
+    genes: Sequence[str] | None,
+    unit: str,
+    counts_layer: str | None,
+    min_counts: int,
+) -> tuple[np.ndarray, Targets | None]:
+    """Measured expression, and the rows that have enough of it; without `genes` all rows and no targets."""
+    if genes is None:
+        return rows, None
+    counts, total = _counts(adata, rows, genes, counts_layer, name)
+    enough = total >= min_counts
+    if not enough.any():
+        raise DataValueError(
+            f"section {name!r}: none of its {len(rows)} observations has min_counts={min_counts} counts or more; leave "
+            "the section out, or lower min_counts"
+        )
+    if not enough.all():
+        warnings.warn(
+            f"section {name!r}: {int((~enough).sum())} of {len(rows)} observations have fewer than {min_counts} "
+            "counts and are left out",
+            HespotexWarning,
+            stacklevel=4,
+        )
+        rows, counts, total = rows[enough], counts[enough], total[enough]
+    return rows, Targets(counts, total, tuple(genes), unit)
+
+
+def _fine_view(
+    region: Region,
+    wanted: PartsWanted,
+    shapes_key: str | None,
+    image_key: str | None,
+    genes: Sequence[str] | None,
+    unit: str,
+    counts_layer: str | None,
+    min_counts: int,
+) -> SectionView | None:
+    """A section with parts below its spots; ``None`` for a region of the table that `shapes_key` does not mean."""
+    table, sdata = region.table, region.data
+    if not table.regions:
+        raise DataTypeError(
+            f"section {region.name!r} is an AnnData; a method that predicts below the spot needs the SpatialData that holds "
+            "its nuclei or superpixels"
+        )
+    own = table.regions[int(table.region[region.rows[0]])]
+    if shapes_key is not None and own != shapes_key:
+        return None
+    if len(table.regions) > 1 and shapes_key is None:
+        raise AmbiguousKeyError(
+            f"table {table.key!r} annotates {list(table.regions)}; say with shapes_key= in which of them to look at the parts"
+        )
+    slide = resolve_slides(sdata, table, image_key)[own]
+    rows, targets = _targets(table.adata, region.rows, region.name, genes, unit, counts_layer, min_counts)
+    of_table, shape_of_row = row_positions(sdata, table, own)
+    positions = np.empty(table.adata.n_obs, dtype=np.int64)
+    positions[of_table] = shape_of_row
+    view = parts_view(
+        sdata,
+        slide,
+        Observed(own, positions[rows]),
+        level=wanted.level,
+        needs=wanted.needs,
+        parts_key=wanted.key,
+        embedding_key=wanted.embedding_key,
+    )
+    pixels = shape_centres(sdata, own, slide)[positions[rows]]
+    section = Section(
+        name=region.name,
+        ids=table.adata.obs_names.to_numpy()[rows],
+        features=np.zeros((len(rows), 0), dtype=np.float32),
+        coordinates=slide.microns(pixels),
+        targets=targets,
+        group=region.patient,
+        parts=view.parts,
+        extras={"pixel": pixels},
+    )
+    return SectionView(section, table, rows, view)
 
 
 def _edges(adata: AnnData, rows: np.ndarray, name: str) -> sparse.csr_array:

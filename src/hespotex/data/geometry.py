@@ -44,6 +44,7 @@ __all__ = [
     "shape_centres",
     "shape_geometries",
     "shape_positions",
+    "shape_radii",
     "shape_radius",
 ]
 
@@ -208,6 +209,15 @@ def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> float:
     radius = shapes["radius"].to_numpy() if points else np.sqrt(shapes.geometry.area.to_numpy()) / 2
     linear = _to_pixels(sdata, shapes_key, slide.key)[:2, :2]
     return float(np.median(radius) * np.sqrt(abs(np.linalg.det(linear))) * slide.mpp)
+
+
+def shape_radii(sdata: SpatialData, shapes_key: str, slide: Slide) -> np.ndarray | None:
+    """Radius of each circle in level-0 pixels, (n,); ``None`` if the shapes are no circles."""
+    shapes = _shapes(sdata, shapes_key)
+    if "radius" not in shapes or not (shapes.geometry.geom_type == "Point").all():
+        return None
+    linear = _to_pixels(sdata, shapes_key, slide.key)[:2, :2]
+    return shapes["radius"].to_numpy(dtype=np.float64) * float(np.sqrt(abs(np.linalg.det(linear))))
 
 
 def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_key: str | None = None) -> str:

@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.spatial import cKDTree
 
-__all__ = ["Lattice", "detect_lattice", "visium_pitch"]
+from ..errors import DataValueError
+
+__all__ = ["Lattice", "detect_lattice", "spot_pitch", "visium_pitch"]
 
 # Measured positions of legacy arrays scatter by a few percent of the pitch; the next distance on a square
 # lattice is 1.41 pitches, so that a fifth separates the two safely.
@@ -60,6 +62,33 @@ def detect_lattice(coordinates: np.ndarray, region: np.ndarray | None = None) ->
     if max(square, hexagonal) < MIN_SHARE:
         return None
     return Lattice("square" if square >= hexagonal else "hex", pitch)
+
+
+def spot_pitch(coordinates: np.ndarray, region: np.ndarray | None = None) -> float:
+    """Distance of neighbouring spots in the units of the coordinates (n, 2), on a lattice or off it.
+
+    Off a lattice it is the median distance to the nearest other spot of the same region.
+
+    Raises
+    ------
+    DataValueError
+        If no region has two spots at different places.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> spot_pitch(np.array([[0.0, 0], [90, 0]]))
+    90.0
+    """
+    xy = np.asarray(coordinates, dtype=np.float64)
+    if (lattice := detect_lattice(xy, region)) is not None:
+        return lattice.pitch
+    regions = [xy] if region is None else [xy[np.asarray(region) == name] for name in np.unique(region)]
+    nearest = [cKDTree(points).query(points, k=2)[0][:, 1] for points in regions if len(points) > 1]
+    pitch = float(np.median(np.concatenate(nearest))) if nearest else 0.0
+    if not pitch > 0:
+        raise DataValueError(f"{len(xy)} spots have no distance between neighbours; at least two places are needed")
+    return pitch
 
 
 def visium_pitch(xy: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> float | None:

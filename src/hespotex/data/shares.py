@@ -14,7 +14,7 @@ from scipy import sparse
 
 from ..errors import DataValueError
 
-__all__ = ["aggregate", "disc_overlaps", "disc_shares", "inside_shares", "polygon_shares"]
+__all__ = ["aggregate", "disc_overlaps", "disc_shares", "inside_shares", "polygon_shares", "within_shares"]
 
 _PAIRS_AT_ONCE = 500_000
 
@@ -96,6 +96,17 @@ def polygon_shares(observations: np.ndarray, parts: np.ndarray, unit_area: float
     rows, columns = shapely.STRtree(parts).query(observations, predicate="intersects")
     area = shapely.area(shapely.intersection(observations[rows], parts[columns]))
     return _matrix(rows, columns, area / unit_area, (len(observations), len(parts)))
+
+
+def within_shares(centres: np.ndarray, radius: float | np.ndarray, points: np.ndarray) -> sparse.csr_array:
+    """1 where one of the `points` (m, 2) lies in or on one of the discs (n,), CSR (n, m)."""
+    from scipy.spatial import KDTree
+
+    centres = np.asarray(centres, dtype=np.float64).reshape(-1, 2)
+    found = KDTree(points).query_ball_point(centres, radius, return_sorted=True) if len(points) else [[]] * len(centres)
+    rows = np.repeat(np.arange(len(centres)), [len(each) for each in found])
+    columns = np.concatenate([np.asarray(each, dtype=np.int64) for each in found]) if len(centres) else rows
+    return _matrix(rows, columns, np.ones(len(rows)), (len(centres), len(points)))
 
 
 def inside_shares(observations: np.ndarray, points: np.ndarray) -> sparse.csr_array:

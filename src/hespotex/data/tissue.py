@@ -1,4 +1,4 @@
-"""Tissue masks of other tools, as outlines on a slide."""
+"""Tissue on a slide as outlines, whoever found it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import GeometryError
-from .geometry import Slide, pixel_maps
+from .._keys import Keys
+from ..errors import GeometryError, MissingKeyError
+from .geometry import Slide, pixel_maps, shape_geometries
 
 if TYPE_CHECKING:
     from shapely.geometry import Polygon
+    from shapely.geometry.base import BaseGeometry
     from spatialdata import SpatialData
 
-__all__ = ["polygons_of_mask"]
+__all__ = ["polygons_of_mask", "tissue_outline"]
 
 MASK_UM = 8.0  # resolution at which a mask is read: squidpy stores it as large as the image
 
@@ -43,3 +45,27 @@ def polygons_of_mask(sdata: SpatialData, labels_key: str, slide: Slide) -> list[
     linear = matrix[:2, :2] * step
     to_image = [*linear[0], *linear[1], matrix[0, 2], matrix[1, 2]]
     return [affine_transform(polygon, to_image) for polygon in mask_polygons(mask)]
+
+
+def tissue_outline(sdata: SpatialData, slide: Slide, shapes_key: str | None) -> BaseGeometry:
+    """Union of the tissue outlines in level-0 pixels: those named, ours, LazySlide's, or squidpy's mask.
+
+    Raises
+    ------
+    MissingKeyError
+        If there are none.
+    """
+    from shapely import make_valid, union_all
+
+    known = [shapes_key] if shapes_key else [Keys.TISSUE, Keys.TISSUE_LAZYSLIDE]
+    for name in known:
+        if name in sdata.shapes:
+            return union_all(make_valid(shape_geometries(sdata, name, slide).to_numpy()))
+    mask = f"{slide.key}{Keys.TISSUE_MASK_SUFFIX}"
+    if shapes_key is None and mask in sdata.labels:
+        return union_all(polygons_of_mask(sdata, mask, slide))
+    if shapes_key is not None:
+        raise MissingKeyError(f"shapes_key={shapes_key!r} is not among the shapes {list(sdata.shapes)}")
+    raise MissingKeyError(
+        f"there is no tissue on the slide yet (shapes {list(sdata.shapes)}); find it with hx.pp.detect_tissue(sdata)"
+    )

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ._prediction import prediction
+from ._raster import raster
 
-__all__ = ["prediction"]
+__all__ = ["prediction", "raster"]

@@ -32,6 +32,9 @@ class Recipe:
         Keyword arguments of :func:`hespotex.pp.spatial_graph`; empty if the model uses no graph.
     nuclei
         Keyword arguments of :func:`hespotex.pp.segment_nuclei`; empty if the model uses no nuclei.
+    parts
+        For methods below the spot: ``level``, ``shapes`` (name), ``size_um`` of a cell, and ``colour``, the parameters of
+        the encoder of colours; empty for others.
     training
         Provenance: one entry per section (name, group, number of spots), seed, versions.
     scores
@@ -46,6 +49,7 @@ class Recipe:
     tiles: Mapping[str, Any] = field(default_factory=dict)
     graph: Mapping[str, Any] = field(default_factory=dict)
     nuclei: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
 

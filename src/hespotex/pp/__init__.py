@@ -10,6 +10,7 @@ from ._segment_nuclei import segment_nuclei
 from ._select_genes import select_genes
 from ._set_scale import set_scale
 from ._spatial_graph import spatial_graph
+from ._superpixels import superpixels
 
 __all__ = [
     "detect_tissue",
@@ -20,4 +21,5 @@ __all__ = [
     "select_genes",
     "set_scale",
     "spatial_graph",
+    "superpixels",
 ]

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.provenance import read_record
-from ..errors import DataValueError
+from ..errors import DataValueError, GeometryError
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-__all__ = ["check_elements_free", "check_slot_free"]
+__all__ = ["check_elements_free", "check_not_annotated", "check_slot_free"]
 
 
 def check_elements_free(
@@ -97,3 +100,18 @@ def check_slot_free(
     raise DataValueError(
         f"{slot}[{key!r}] cannot be written: {there} is there already and {maker} did not make it. {advice}"
     )
+
+
+def check_not_annotated(sdata: SpatialData, key: str, shapes: GeoDataFrame) -> None:
+    """Raise if `shapes` would be put under a table that annotates other ones of that name."""
+    from spatialdata.models import get_table_keys
+
+    old = sdata.shapes.get(key)
+    if old is None or (old.index.equals(shapes.index) and old.geometry.geom_equals_exact(shapes.geometry, 1e-6).all()):
+        return
+    for name, table in sdata.tables.items():
+        if "spatialdata_attrs" in table.uns and key in np.atleast_1d(get_table_keys(table)[0]):
+            raise GeometryError(
+                f"table {name!r} annotates the shapes {key!r} that are there and would fit the new ones no more; delete it "
+                f"(del sdata[{name!r}]) or name the new shapes otherwise with key_added="
+            )

@@ -8,10 +8,10 @@ import numpy as np
 
 from .._keys import Keys
 from .._logging import logger
-from ..data.geometry import Slide, image_transformations, resolve_slide, shape_geometries
-from ..data.tissue import polygons_of_mask
-from ..errors import DataValueError, GeometryError, MissingKeyError
-from ._free import check_elements_free
+from ..data.geometry import Slide, image_transformations, resolve_slide
+from ..data.tissue import tissue_outline
+from ..errors import DataValueError, GeometryError
+from ._free import check_elements_free, check_not_annotated
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -91,7 +91,7 @@ def make_tiles(
             maker="make_tiles",
             is_ours=lambda shapes: set(shapes.columns) == {Keys.TILE_ID, "radius", "geometry"},
         )
-    tissue = _tissue(sdata, slide, shapes_key)
+    tissue = tissue_outline(sdata, slide, shapes_key)
     centres = _lattice(slide, pitch_um / slide.mpp, lattice)
     centres = centres[_inside(tissue, centres)]
     if len(centres) == 0:
@@ -102,28 +102,10 @@ def make_tiles(
     tiles = _shapes(sdata, slide, centres, diameter_um / 2 / slide.mpp)
     if copy:
         return tiles
-    _check_not_annotated(sdata, key_added, tiles)
+    check_not_annotated(sdata, key_added, tiles)
     sdata[key_added] = tiles
     logger.info("make_tiles: %d tiles on tissue; wrote shapes[%r]", len(tiles), key_added)
     return None
-
-
-def _tissue(sdata: SpatialData, slide: Slide, shapes_key: str | None) -> BaseGeometry:
-    """Union of the tissue outlines in level-0 pixels."""
-    from shapely import make_valid, union_all
-
-    known = [shapes_key] if shapes_key else [Keys.TISSUE, Keys.TISSUE_LAZYSLIDE]
-    for name in known:
-        if name in sdata.shapes:
-            return union_all(make_valid(shape_geometries(sdata, name, slide).to_numpy()))
-    mask = f"{slide.key}{Keys.TISSUE_MASK_SUFFIX}"
-    if shapes_key is None and mask in sdata.labels:
-        return union_all(polygons_of_mask(sdata, mask, slide))
-    if shapes_key is not None:
-        raise MissingKeyError(f"shapes_key={shapes_key!r} is not among the shapes {list(sdata.shapes)}")
-    raise MissingKeyError(
-        f"there is no tissue to lay tiles on (shapes {list(sdata.shapes)}); find it with hx.pp.detect_tissue(sdata)"
-    )
 
 
 def _lattice(slide: Slide, pitch_px: float, kind: str) -> np.ndarray:
@@ -158,18 +140,3 @@ def _shapes(sdata: SpatialData, slide: Slide, centres: np.ndarray, radius_px: fl
     )
     tiles[Keys.TILE_ID] = np.arange(len(centres))
     return tiles
-
-
-def _check_not_annotated(sdata: SpatialData, key: str, tiles: GeoDataFrame) -> None:
-    """Raise if `tiles` would be put under a table that annotates other ones."""
-    from spatialdata.models import get_table_keys
-
-    old = sdata.shapes.get(key)
-    if old is None or (old.index.equals(tiles.index) and old.geometry.geom_equals_exact(tiles.geometry, 1e-6).all()):
-        return
-    for name, table in sdata.tables.items():
-        if "spatialdata_attrs" in table.uns and key in np.atleast_1d(get_table_keys(table)[0]):
-            raise GeometryError(
-                f"table {name!r} annotates the shapes {key!r} that are there and would fit the new ones no more; delete it "
-                f"(del sdata[{name!r}]) or name the new tiles otherwise with key_added="
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,16 @@ from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
 from ..data.bridge import SectionView, as_list, attributes, embedding_entry, views_of
-from ..data.provenance import from_uns, record
-from ..data.section import rows_of
+from ..data.provenance import from_uns
 from ..data.stored import COMPANIONS, check_free, write_prediction
 from ..data.tables import is_derived, mark_table, resolve_shapes_key, resolve_table
 from ..data.transaction import restored_on_error
 from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError, ModelMismatchError
-from ..models import Model, Recipe
-from ..models._store import identify, recall
+from ..models import Model, Recipe, get
+from ..models._registry import names
+from ..models._store import recall
+from ._blocks import arrays_of, chosen_genes, record_prediction
+from ._predict_parts import fit_untrained, predict_parts
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -38,30 +40,44 @@ def predict(
     table_key: str | None = None,
     shapes_key: str | None = None,
     image_key: str | None = None,
+    parts_key: str | None = None,
+    counts_layer: str | None = None,
+    genes: Sequence[str] | None = None,
     mpp: float | None = None,
     weights: str | Path | None = None,
     batch_size: int | None = None,
     block_rows: int = 8192,
     device: str | None = None,
     key_added: str | None = None,
+    raster: bool = False,
+    target: str | Path | None = None,
     copy: bool = False,
     progress_bar: bool | None = None,
+    **options: Any,
 ) -> AnnData | list[AnnData] | None:
-    """Predict the expression of every spot (or tile) from the image.
+    """Predict the expression of every spot (or tile), nucleus or superpixel.
 
     Steps the model needs and the object lacks are run first, with the parameters the model was trained with:
-    tissue and tiles on a slide without spots, the embedding, the neighbour graph, the nuclei. Measured
-    expression, where there is any, is not looked at.
+    tissue and tiles on a slide without spots, the embedding, the neighbour graph, the nuclei, the superpixels. Measured
+    expression, where there is any, is looked at by in-sample methods alone: those that
+    :func:`hespotex.models.available` lists with the need ``"expression"``.
 
     Parameters
     ----------
     data
         One or many slides. An AnnData suffices when the embedding (and what else the model needs) is there.
     model
-        The fitted model, the folder it was saved to, or ``None`` for the one the object names (written by
-        :func:`hespotex.tl.train`), else ``hx.settings.default_model``.
+        The fitted model, the folder it was saved to, the name of a method that needs no training (such as ``"tesla"``),
+        or ``None`` for the one the object names (written by :func:`hespotex.tl.train`), else
+        ``hx.settings.default_model``.
     table_key, shapes_key, image_key
         What to predict for; each may be left out where there is one candidate.
+    parts_key
+        For methods below the spot, the shapes to predict at; those of the model's training by default.
+    counts_layer
+        Raw counts for in-sample methods; ``X`` by default.
+    genes
+        Genes to keep of the model's, in this order; all by default.
     mpp
         µm per pixel of the image, where the object does not say.
     weights
@@ -74,10 +90,17 @@ def predict(
         Observations predicted at a time.
     key_added
         Key of the prediction; the model's name by default.
+    raster
+        Write a superpixel prediction as an image, too.
+    target
+        Folder of a zarr store, for a prediction below the spot that is larger than memory: it is written there block by
+        block as a SpatialData with the shapes and one table, and `data` stays as it is. It appears only when whole.
     copy
         Return the prediction as AnnData and leave `data` as it was.
     progress_bar
         Whether to show progress.
+    options
+        Settings of prediction that the model has, such as ``n_samples=50`` of a generative one.
 
     Returns
     -------
@@ -89,9 +112,13 @@ def predict(
     ``obsm[key]``
         if it predicts some of them or others (genes in ``uns["hespotex"][key]["genes"]``),
     ``tables["<key>_<shapes>"]``
-        if nothing was measured on these shapes,
+        if nothing was measured on these shapes, as for tiles, nuclei and superpixels,
+    ``images["<key>_<shapes>_raster"]``
+        (genes, y, x) with ``raster=True``; NaN off tissue,
     ``<key>_std``, ``<key>_lower``, ``<key>_upper``
         beside it, where the model gives them,
+    ``obsm["<key>_samples"]``
+        (n, genes, draws), where a generative model was asked for them,
     ``obs["<key>_ood"]``, ``obsm["X_<key>"]``
         domain score and latent representation, where the model gives them,
     ``uns["hespotex"][key]``
@@ -102,7 +129,10 @@ def predict(
     MissingKeyError
         If no model is named anywhere; the ways to name one are listed.
     ModelMismatchError
-        If the embedding of the object is not the one the model was trained on.
+        If the embedding of the object is not the one the model was trained on, or an in-sample method was fitted on
+        another section.
+    DataValueError
+        If the result would not fit into memory; `genes` and `target` are the ways out.
 
     See Also
     --------
@@ -122,42 +152,79 @@ def predict(
     several = not (len(items) == 1 and items[0] is data)
     shown = settings.progress_bar if progress_bar is None else progress_bar
     results: list[AnnData] = []
+    if target is not None and (several or copy or raster):
+        raise DataValueError("target= takes one object at a time, and neither copy=True nor raster=True")
     for item in items:
-        chosen = _resolve_model(item, model)
-        if chosen.recipe is None:
-            raise ModelMismatchError(
-                "model was fitted on bare sections and does not know how to prepare data; "
-                "fit it with hx.tl.train(sdatas, model)"
-            )
-        key = sanitize(chosen.info.name) if key_added is None else key_added
-        check_key(key)
-        target = _shallow_copy(item) if copy else item
-        with restored_on_error(target):
-            table = _prepare(
-                target,
-                chosen,
-                table_key=table_key,
-                shapes_key=shapes_key,
-                image_key=image_key,
-                mpp=mpp,
-                weights=weights,
-                batch_size=batch_size,
-                device=device,
-                progress_bar=shown,
-            )
-            with settings.override(device=device or settings.device):
-                where = _predict_one(target, table, chosen, chosen.recipe, key, image_key, block_rows)
+        where_from: dict[str, Any] = {
+            "table_key": table_key,
+            "shapes_key": shapes_key,
+            "image_key": image_key,
+            "parts_key": parts_key,
+            "counts_layer": counts_layer,
+        }
+        own = _shallow_copy(item) if copy or target is not None else item
+        with restored_on_error(own), settings.override(device=device or settings.device):
+            chosen = _resolve_model(own, model, genes, where_from)
+            chosen = chosen.with_options(**options) if options else chosen
+            if chosen.recipe is None:
+                raise ModelMismatchError(
+                    "model was fitted on bare sections and does not know how to prepare data; "
+                    "fit it with hx.tl.train(sdatas, model)"
+                )
+            key = sanitize(chosen.info.name) if key_added is None else key_added
+            check_key(key)
+            if chosen.reads_parts:
+                where = predict_parts(
+                    own,
+                    chosen,
+                    chosen.recipe,
+                    key,
+                    genes=genes,
+                    mpp=mpp,
+                    weights=weights,
+                    batch_size=batch_size,
+                    block_rows=block_rows,
+                    raster=raster,
+                    target=target,
+                    progress_bar=shown,
+                    **where_from,
+                )
+            elif raster or target is not None or parts_key is not None:
+                raise DataValueError(
+                    f"raster=, target= and parts_key= are for methods below the spot; {chosen.info.name!r} predicts spots"
+                )
+            else:
+                table = _prepare(
+                    own,
+                    chosen,
+                    table_key=table_key,
+                    shapes_key=shapes_key,
+                    image_key=image_key,
+                    mpp=mpp,
+                    weights=weights,
+                    batch_size=batch_size,
+                    device=device,
+                    progress_bar=shown,
+                )
+                where = _predict_one(own, table, chosen, chosen.recipe, key, image_key, block_rows, genes)
         logger.info("predicted %d genes with %s: %s", len(chosen.genes), chosen.info.name, where)
         if copy:
             from ..get import prediction
 
-            results.append(prediction(target, key, table_key=where.partition(":")[0] or None))
+            results.append(prediction(own, key, table_key=where.partition(":")[0] or None))
     if not copy:
         return None
     return results if several else results[0]
 
 
-def _resolve_model(data: SpatialData | AnnData, model: Model | str | Path | None) -> Model:
+def _resolve_model(
+    data: SpatialData | AnnData,
+    model: Model | str | Path | None,
+    genes: Sequence[str] | None,
+    where_from: Mapping[str, Any],
+) -> Model:
+    if isinstance(model, str) and not Path(model).exists() and model in names() and not get(model).info.trained:
+        return fit_untrained(data, model, genes, where_from)
     if isinstance(model, Model):
         if not model.is_fitted:
             raise ModelMismatchError(f"this {model.info.name!r} model is not fitted; call hx.tl.train first")
@@ -336,6 +403,7 @@ def _predict_one(
     key: str,
     image_key: str | None,
     block_rows: int,
+    genes: Sequence[str] | None,
 ) -> str:
     """Predict all rows of `table` and write the result; returns where it went."""
     if block_rows < 1:
@@ -350,41 +418,31 @@ def _predict_one(
         embedding_key=recipe.embedding_key,
         with_edges="graph" in model.needs,
     )
-    arrays = _fill(model, views, adata.n_obs, block_rows)
+    panel, columns = chosen_genes(recipe, genes)
+    arrays = _fill(model, views, adata.n_obs, block_rows, columns)
     values = arrays.pop("mean")
     companions = {name: arrays[name] for name in COMPANIONS if name in arrays}
     own_table = table.key is not None and is_derived(adata)
     name = table.key
     if own_table:
         name = Keys.prediction_table(key, table.regions[0])
-        adata = _new_table(table, recipe.genes, views)
-    missing = [gene for gene in recipe.genes if gene not in adata.var_names]
+        adata = _new_table(table, panel, views)
+    missing = [gene for gene in panel if gene not in adata.var_names]
     if missing and not own_table:
         warnings.warn(
-            f"{len(missing)} of the model's {len(recipe.genes)} genes were not measured in this section; they are "
+            f"{len(missing)} of the model's {len(panel)} genes were not measured in this section; they are "
             f"predicted all the same: {', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}",
             HespotexWarning,
             stacklevel=3,
         )
-    form = write_prediction(adata, key, values, recipe.genes, companions, own_table=own_table)
+    form = write_prediction(adata, key, values, panel, companions, own_table=own_table)
     if "latent" in arrays:
         adata.obsm[Keys.embedding(key)] = arrays["latent"]
     if "ood" in arrays:
         adata.obs[Keys.derived(key, "ood")] = arrays["ood"].ravel()
-    record(
-        adata,
-        key,
-        kind="prediction",
-        form=form,
-        unit=recipe.unit,
-        genes=list(recipe.genes),
-        model=model.info.name,
-        weights_id=identify(model),
-        training_sections=[str(section["name"]) for section in recipe.training.get("sections", ())],
-        training_patients=[str(section["group"]) for section in recipe.training.get("sections", ())],
-        embedding_key=recipe.embedding_key,
-        created_by="hespotex.tl.predict",
-    )
+    if "samples" in arrays:
+        adata.obsm[Keys.derived(key, "samples")] = arrays["samples"]
+    record_prediction(adata, key, form, model, recipe, panel)
     if own_table:
         assert name is not None
         mark_table(adata, "prediction")
@@ -392,7 +450,9 @@ def _predict_one(
     return f"{name or ''}:{form}[{key!r}]"
 
 
-def _fill(model: Model, views: list[SectionView], n_obs: int, block_rows: int) -> dict[str, np.ndarray]:
+def _fill(
+    model: Model, views: list[SectionView], n_obs: int, block_rows: int, columns: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Predictions of all views in the rows of their table, block by block."""
     arrays: dict[str, np.ndarray] = {}
     filled = np.zeros(n_obs, dtype=bool)
@@ -401,11 +461,7 @@ def _fill(model: Model, views: list[SectionView], n_obs: int, block_rows: int) -
         for block in model.predict_blocks(view.section, block_rows=block_rows):
             rows = view.rows[start : start + len(block.ids)]
             start += len(block.ids)
-            for name in ("mean", *COMPANIONS, "latent", "ood"):
-                source: Any = getattr(block, name)
-                if source is None:
-                    continue
-                part = rows_of(source).astype(np.float32, copy=False)
+            for name, part in arrays_of(block, columns):
                 if name not in arrays:
                     arrays[name] = np.empty((n_obs, *part.shape[1:]), dtype=np.float32)
                 arrays[name][rows] = part

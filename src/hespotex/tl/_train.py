@@ -14,9 +14,19 @@ from .._keys import Keys
 from .._logging import logger
 from .._settings import settings
 from .._version import __version__
-from ..data.bridge import SectionView, as_list, embedding_entry, find_embedding, views_of
+from ..data.bridge import (
+    PartsWanted,
+    Region,
+    SectionView,
+    as_list,
+    embedding_entry,
+    find_embedding,
+    regions_of,
+    views_of,
+)
 from ..data.lattice import detect_lattice
 from ..data.panel import METHODS
+from ..data.provenance import from_uns
 from ..errors import DataValueError, HespotexWarning, ModelMismatchError
 from ..models import Model, Recipe, Run, create
 from ..models._store import remember
@@ -25,7 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["train"]
+__all__ = ["make_recipe", "train"]
 
 
 def train(
@@ -43,6 +53,7 @@ def train(
     table_key: str | None = None,
     shapes_key: str | None = None,
     image_key: str | None = None,
+    parts_key: str | None = None,
     counts_layer: str | None = None,
     min_counts: int = 1,
     device: str | None = None,
@@ -60,7 +71,8 @@ def train(
     sdatas
         One or many sections with an embedding (:func:`hespotex.pp.embed`) and, for models that need them, a
         graph (:func:`hespotex.pp.spatial_graph`) and nuclei (:func:`hespotex.pp.segment_nuclei`). An AnnData
-        suffices when these are there.
+        suffices when these are there. Models below the spot need a SpatialData with superpixels
+        (:func:`hespotex.pp.superpixels`) or nuclei, and their embedding.
     model
         Name in :func:`hespotex.models.available`, or an unfitted model.
     preset, config
@@ -76,7 +88,10 @@ def train(
     groups
         Patient of each section, or the ``obs`` column naming it; used by models that validate inside training.
     embedding_key, table_key, shapes_key, image_key, counts_layer
-        What to read; each may be left out where there is one candidate.
+        What to read; each may be left out where there is one candidate. For models below the spot the embedding is
+        that of the parts.
+    parts_key
+        Shapes of the parts, for models below the spot; ``"superpixels"`` or ``"nuclei"`` by default.
     min_counts
         Spots with fewer counts are left out of training, with a warning.
     device
@@ -122,42 +137,27 @@ def train(
         model = create(model, preset=preset, config=config)
     elif preset is not None or config is not None:
         raise DataValueError("preset= and config= go with a model's name; model is already an object")
-    needs_graph = "graph" in model.needs
-    keys: dict[str, Any] = {
-        "embedding_key": embedding_key,
-        "table_key": table_key,
-        "shapes_key": shapes_key,
-        "image_key": image_key,
-        "groups": groups,
-    }
-    found = views_of(items, with_edges=needs_graph, **keys)  # fails early, before genes are chosen
-    embeddings = {find_embedding(view.table.adata, embedding_key) for view in found}
-    if len(embeddings) > 1:
-        raise DataValueError(
-            f"the sections hold different embeddings {sorted(embeddings)}; name one with embedding_key="
-        )
-    panel = _panel(items, found, model, genes, n_top_genes, gene_selection, counts_layer, table_key)
-    unit = unit or getattr(model.config, "unit", None) or "log1p_cp10k"
-    views = views_of(
+    model = fit_model(
         items,
-        genes=panel,
+        model,
+        genes=genes,
+        n_top_genes=n_top_genes,
+        gene_selection=gene_selection,
         unit=unit,
-        with_edges=needs_graph,
+        groups=groups,
+        embedding_key=embedding_key,
+        table_key=table_key,
+        shapes_key=shapes_key,
+        image_key=image_key,
+        parts_key=parts_key,
         counts_layer=counts_layer,
         min_counts=min_counts,
-        **keys,
-    )
-    seed = settings.seed if seed is None else seed
-    recipe = _recipe(views, panel, unit, embeddings.pop(), seed, model)
-    run = Run(
-        seed=seed,
-        device=device or settings.device,
+        device=device,
         precision=precision,
-        progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
-        checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
+        checkpoint_dir=checkpoint_dir,
+        seed=seed,
+        progress_bar=progress_bar,
     )
-    model.fit([view.section for view in views], run)
-    model.recipe = replace(recipe, scores=model.scores)
     try:
         identity = remember(model)
     except OSError as error:  # the model itself must not be lost for want of room in the cache
@@ -170,7 +170,66 @@ def train(
         return model
     for item in items:
         _note(item, identity)
-    logger.info("trained %s (%s) on %d sections, %d genes", model.info.name, identity, len(views), len(panel))
+    logger.info("trained %s (%s), %d genes", model.info.name, identity, len(model.genes))
+    return model
+
+
+def fit_model(
+    items: Sequence[SpatialData | AnnData],
+    model: Model,
+    *,
+    genes: Sequence[str] | None = None,
+    n_top_genes: int | None = None,
+    gene_selection: str | None = None,
+    unit: str | None = None,
+    groups: Sequence[str] | str | None = None,
+    embedding_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
+    parts_key: str | None = None,
+    counts_layer: str | None = None,
+    min_counts: int = 1,
+    device: str | None = None,
+    precision: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    seed: int | None = None,
+    progress_bar: bool | None = None,
+) -> Model:
+    """Fit an unfitted model on sections and give it its recipe; arguments as in :func:`train`. Nothing is noted."""
+    items = list(items)
+    keys: dict[str, Any] = {
+        "table_key": table_key,
+        "shapes_key": shapes_key,
+        "image_key": image_key,
+        "groups": groups,
+        "embedding_key": embedding_key,
+        "with_edges": "graph" in model.needs,
+    }
+    if model.reads_parts:
+        keys["parts"] = PartsWanted(model.level, model.needs, parts_key, keys.pop("embedding_key"))
+        found: Sequence[Region | SectionView] = regions_of(
+            items, table_key=table_key, shapes_key=shapes_key, groups=groups
+        )
+    elif parts_key is not None:
+        raise DataValueError(f"parts_key={parts_key!r}: {model.info.name!r} predicts spots and reads no parts")
+    else:
+        found = views_of(items, **keys)  # fails early, before genes are chosen
+    tables = list({id(each.table.adata): each.table.adata for each in found}.values())
+    panel = _panel(items, tables, model, genes, n_top_genes, gene_selection, counts_layer, table_key)
+    unit = unit or getattr(model.config, "unit", None) or "log1p_cp10k"
+    views = views_of(items, genes=panel, unit=unit, counts_layer=counts_layer, min_counts=min_counts, **keys)
+    seed = settings.seed if seed is None else seed
+    recipe = make_recipe(views, panel, unit, embedding_key, seed, model)
+    run = Run(
+        seed=seed,
+        device=device or settings.device,
+        precision=precision,
+        progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
+        checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
+    )
+    model.fit([view.section for view in views], run)
+    model.recipe = replace(recipe, scores=model.scores)
     return model
 
 
@@ -183,7 +242,7 @@ def _note(data: SpatialData | AnnData, identity: str) -> None:
 
 def _panel(
     items: list[SpatialData | AnnData],
-    views: list[SectionView],
+    tables: list[AnnData],
     model: Model,
     genes: Sequence[str] | None,
     n_top_genes: int | None,
@@ -192,7 +251,6 @@ def _panel(
     table_key: str | None,
 ) -> tuple[str, ...]:
     """Genes to learn: those given, those marked, or those chosen from these sections."""
-    tables = list({id(view.table.adata): view.table.adata for view in views}.values())
     if genes is not None:
         given = list(dict.fromkeys(map(str, genes)))
         shared = [gene for gene in given if all(gene in table.var_names for table in tables)]
@@ -234,32 +292,27 @@ def _shared(entries: list[Mapping[str, Any]], what: str, remedy: str) -> dict[st
     return first
 
 
-def _recipe(
-    views: list[SectionView], genes: tuple[str, ...], unit: str, embedding_key: str, seed: int, model: Model
+def make_recipe(
+    views: list[SectionView], genes: tuple[str, ...], unit: str, embedding_key: str | None, seed: int, model: Model
 ) -> Recipe:
-    from ..data.provenance import from_uns
-
-    tables = [view.table.adata for view in views]
-    encoders = [from_uns(embedding_entry(table, embedding_key).get("encoder", {})) for table in tables]
-    encoder = _shared(
-        encoders, f"the encoder of {embedding_key!r}", "embed all of them with the same call of hx.pp.embed"
-    )
-    notes = [table.uns.get(Keys.NAMESPACE, {}) for table in tables]
+    """What prediction has to know of how these sections were prepared."""
+    notes = [view.table.adata.uns.get(Keys.NAMESPACE, {}) for view in views]
     graph = nuclei = {}
     if "graph" in model.needs:
         graph = _graph_arguments([from_uns(note.get(Keys.CONNECTIVITIES, {})) for note in notes])
-    if "nuclei" in model.needs:
+    if "nuclei" in model.needs or model.level == "nucleus":
         nuclei = dict(from_uns(notes[0].get(Keys.N_NUCLEI, {})).get("params", {}))
-    first = views[0].section
+    embedding_key, encoder, n_features = _embedding(views, embedding_key)
     return Recipe(
         genes=genes,
         unit=unit,
         embedding_key=embedding_key,
         encoder=encoder,
-        n_features=int(first.features.shape[1]),
-        tiles=_tiles(views, embedding_key),
+        n_features=n_features,
+        tiles={} if model.reads_parts else _tiles(views, embedding_key),
         graph=graph,
         nuclei=nuclei,
+        parts=_parts(views, model),
         training={
             "sections": [
                 {"name": view.section.name, "group": view.section.group, "n_obs": view.section.n_obs} for view in views
@@ -268,6 +321,50 @@ def _recipe(
             "hespotex_version": __version__,
         },
     )
+
+
+def _embedding(views: list[SectionView], embedding_key: str | None) -> tuple[str, dict[str, Any], int]:
+    """Key, encoder and width of the one embedding that the model reads; of the parts, where it reads those."""
+    first = views[0]
+    if first.parts is None:
+        keys = {find_embedding(view.table.adata, embedding_key) for view in views}
+        tables = [view.table.adata for view in views]
+        n_features = int(first.section.features.shape[1])
+    elif first.parts.embedding_key is None:
+        return "", {}, 0
+    else:
+        keys = {view.parts.embedding_key or "" for view in views if view.parts is not None}
+        tables = [view.parts.table.adata for view in views if view.parts is not None and view.parts.table is not None]
+        n_features = int(first.parts.parts.require("features").shape[1])
+    if len(keys) > 1:
+        raise DataValueError(f"the sections hold different embeddings {sorted(keys)}; name one with embedding_key=")
+    key = keys.pop()
+    encoders = [from_uns(embedding_entry(table, key).get("encoder", {})) for table in tables]
+    return (
+        key,
+        _shared(encoders, f"the encoder of {key!r}", "embed all of them with the same call of hx.pp.embed"),
+        n_features,
+    )
+
+
+def _parts(views: list[SectionView], model: Model) -> dict[str, Any]:
+    """What the parts were, for laying the same on other slides."""
+    found = [view.parts for view in views if view.parts is not None]
+    if not found:
+        return {}
+    sizes = {view.parts.size_um for view in found}
+    if len(sizes) > 1:
+        raise ModelMismatchError(
+            f"the sections differ in the size of their parts ({sorted(map(str, sizes))}); lay them alike"
+        )
+    entry: dict[str, Any] = {"level": found[0].parts.level, "shapes": found[0].shapes_key, "size_um": sizes.pop()}
+    if "colour" in model.needs:
+        tables = [view.table.adata for view in found if view.table is not None]
+        encoders = [from_uns(embedding_entry(table, Keys.COLOUR).get("encoder", {})) for table in tables]
+        entry["colour"] = _shared(
+            encoders, "the size of the colour tiles", "embed them with the same call of hx.pp.embed"
+        )
+    return entry
 
 
 def _graph_arguments(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""A SpatialData store whose one table is written block by block, for results that are larger than memory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from ..errors import DataValueError
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+__all__ = ["TableStore", "available_bytes", "check_fits"]
+
+_CHUNK_GENES = 256
+_CHUNK_ROWS = 4096
+_SPARE = 0.8  # of the free memory: what is computed on the way needs some, too
+
+
+class TableStore:
+    """Zarr store of a SpatialData that appears under its name only when all blocks are in it.
+
+    Used as a context manager around :meth:`write`; an error inside leaves nothing behind.
+
+    Parameters
+    ----------
+    path
+        Folder to create.
+    sdata
+        What the store holds besides the values: shapes, and a table (n, G) without ``X``.
+    table_key
+        Name of that table.
+
+    Raises
+    ------
+    DataValueError
+        If there is something at `path` already.
+    """
+
+    def __init__(self, path: str | Path, sdata: SpatialData, table_key: str) -> None:
+        self._path, self._sdata, self._key = Path(path), sdata, table_key
+        if self._path.exists():
+            raise DataValueError(
+                f"target={str(path)!r} exists already; name a folder that does not, or remove it first"
+            )
+        self._staging: Path | None = None
+        self._table: Any = None
+
+    def __enter__(self) -> Self:
+        import zarr
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._staging = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
+        try:
+            self._sdata.write(self._staging / "store")
+        except BaseException:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise
+        self._table = zarr.open_group(self._staging / "store" / "tables" / self._key, mode="r+")
+        return self
+
+    def write(self, rows: slice, values: np.ndarray, layer: str | None = None) -> None:
+        """Write `values` (b, G) float32 to `rows` of ``X``, or of a layer."""
+        name = "X" if layer is None else f"layers/{layer}"
+        if name not in self._table:
+            n_obs, n_vars = self._sdata.tables[self._key].shape
+            array = self._table.create_array(
+                name,
+                shape=(n_obs, n_vars),
+                chunks=(max(min(_CHUNK_ROWS, n_obs), 1), max(min(_CHUNK_GENES, n_vars), 1)),
+                dtype=np.float32,
+                fill_value=np.nan,
+            )
+            array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        self._table[name][rows] = values
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import zarr
+
+        assert self._staging is not None
+        try:
+            if kind is None:
+                zarr.consolidate_metadata(self._staging / "store")
+                (self._staging / "store").rename(self._path)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def available_bytes() -> int | None:
+    """Memory that can still be had; ``None`` where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str) -> None:
+    """Raise if so many float32 matrices (n, G) would not fit into memory.
+
+    Raises
+    ------
+    DataValueError
+        Saying how many genes would, and the ways out.
+    """
+    free = available_bytes()
+    needed = 4 * n_obs * n_genes * n_arrays
+    if free is None or needed <= _SPARE * free:
+        return
+    fitting = int(_SPARE * free / (4 * n_obs * n_arrays))
+    raise DataValueError(
+        f"{what} of {n_genes} genes at {n_obs} places takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Predict blocks "
+        f"of at most {fitting} genes with genes=, or write to disk with target='<folder>.zarr'"
+    )
