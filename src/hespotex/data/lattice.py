@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from ..errors import DataValueError
 
-__all__ = ["Lattice", "detect_lattice", "spot_pitch", "visium_pitch"]
+__all__ = ["Lattice", "detect_lattice", "lay_lattice", "spot_pitch", "visium_pitch"]
 
 # Measured positions of legacy arrays scatter by a few percent of the pitch; the next distance on a square
 # lattice is 1.41 pitches, so that a fifth separates the two safely.
@@ -62,6 +62,30 @@ def detect_lattice(coordinates: np.ndarray, region: np.ndarray | None = None) ->
     if max(square, hexagonal) < MIN_SHARE:
         return None
     return Lattice("square" if square >= hexagonal else "hex", pitch)
+
+
+def lay_lattice(shape: tuple[int, int], pitch: float, kind: Literal["square", "hex"]) -> tuple[np.ndarray, np.ndarray]:
+    """All positions of a lattice on an image of height and width `shape`, row by row from its corner.
+
+    Returns
+    -------
+    Positions (x, y) in pixels, (n, 2), and array positions (row, column), (n, 2) int; on a hexagonal lattice every second
+    column of a row is empty, as Space Ranger counts them.
+
+    Examples
+    --------
+    >>> lay_lattice((10, 20), 10.0, "square")[0].tolist()
+    [[5.0, 5.0], [15.0, 5.0]]
+    """
+    height, width = shape
+    step = pitch * (np.sqrt(3) / 2 if kind == "hex" else 1.0)
+    x, y = np.meshgrid(np.arange(pitch / 2, width, pitch), np.arange(step / 2, height, step))
+    row, column = np.indices(x.shape)
+    if kind == "hex":
+        x[1::2] += pitch / 2
+        column = 2 * column + row % 2
+    inside = x < width
+    return np.column_stack([x[inside], y[inside]]), np.column_stack([row[inside], column[inside]])
 
 
 def spot_pitch(coordinates: np.ndarray, region: np.ndarray | None = None) -> float:

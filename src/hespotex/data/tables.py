@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Which tables are meant when none is named: the measurement; else an embedding of tiles; never the rest.
-_RANKS = {"measured": 0, "embedding": 1, "nuclei": 2, "prediction": 2}
+_RANKS = {"measured": 0, "embedding": 1, "nuclei": 2, "prediction": 2, "truth": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +298,7 @@ def _candidates(sdata: SpatialData, shapes_key: str | None) -> list[str]:
 
 
 def table_role(key: str, adata: AnnData) -> str:
-    """``"measured"``, or what hespotex made the table for: ``"embedding"``, ``"nuclei"`` or ``"prediction"``."""
+    """``"measured"``, or what hespotex made the table for: ``"embedding"``, ``"nuclei"``, ``"prediction"`` or ``"truth"``."""
     role = adata.uns.get(Keys.NAMESPACE, {}).get(Keys.TABLE_ROLE)
     return str(role) if role in _RANKS else "nuclei" if key == Keys.NUCLEI_TABLE else "measured"
 
@@ -308,7 +308,7 @@ def is_derived(adata: AnnData) -> bool:
     return Keys.TABLE_ROLE in adata.uns.get(Keys.NAMESPACE, {})
 
 
-def mark_table(adata: AnnData, role: Literal["embedding", "nuclei", "prediction"]) -> None:
+def mark_table(adata: AnnData, role: Literal["embedding", "nuclei", "prediction", "truth"]) -> None:
     """Note in a table of our making what it is for, so that it is not taken for the measurement."""
     adata.uns.setdefault(Keys.NAMESPACE, {})[Keys.TABLE_ROLE] = role
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 UNIT_LABELS = {
     "log1p_cp10k": "log1p CP10k",
     "log1p_cpm_panel": "log1p CPM of the panel",
+    "log1p_counts": "log1p counts",
+    "log2_counts": "log2 (counts + 1)",
     "counts": "counts",
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 from .._keys import Keys
 from .._logging import logger
 from ..data.geometry import Slide, image_transformations, resolve_slide
+from ..data.lattice import lay_lattice
 from ..data.tissue import tissue_outline
 from ..errors import DataValueError, GeometryError
 from ._free import check_elements_free, check_not_annotated
@@ -92,7 +93,7 @@ def make_tiles(
             is_ours=lambda shapes: set(shapes.columns) == {Keys.TILE_ID, "radius", "geometry"},
         )
     tissue = tissue_outline(sdata, slide, shapes_key)
-    centres = _lattice(slide, pitch_um / slide.mpp, lattice)
+    centres, _ = lay_lattice(slide.shape, pitch_um / slide.mpp, lattice)
     centres = centres[_inside(tissue, centres)]
     if len(centres) == 0:
         raise GeometryError(
@@ -106,19 +107,6 @@ def make_tiles(
     sdata[key_added] = tiles
     logger.info("make_tiles: %d tiles on tissue; wrote shapes[%r]", len(tiles), key_added)
     return None
-
-
-def _lattice(slide: Slide, pitch_px: float, kind: str) -> np.ndarray:
-    """All positions of the lattice on the image, (n, 2), row by row."""
-    height, width = slide.shape
-    step = pitch_px * (np.sqrt(3) / 2 if kind == "hex" else 1.0)
-    rows = np.arange(step / 2, height, step)
-    columns = np.arange(pitch_px / 2, width, pitch_px)
-    x, y = np.meshgrid(columns, rows)
-    if kind == "hex":
-        x[1::2] += pitch_px / 2
-    xy = np.column_stack([x.ravel(), y.ravel()])
-    return xy[slide.contains(xy)]
 
 
 def _inside(tissue: BaseGeometry, centres: np.ndarray) -> np.ndarray:
