@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._keys import Keys
+from ..annotation.raster import to_raster
 from ..data.blockwise import check_fits
 from ..data.stored import find_prediction, read_prediction
 from ..data.tables import resolve_table, row_positions
@@ -86,8 +87,8 @@ def raster(
     low = grid.min(axis=0)
     height, width = (grid.max(axis=0) - low + 1).tolist()
     check_fits(height * width, len(wanted), 1, "a raster")
-    image = np.full((len(wanted), height, width), np.nan, dtype=np.float32)
-    image[:, grid[:, 0] - low[0], grid[:, 1] - low[1]] = stored.values[rows][:, [place[gene] for gene in wanted]].T
+    values = stored.values[rows][:, [place[gene] for gene in wanted]]
+    image = np.ascontiguousarray(to_raster(values, grid).transpose(2, 0, 1))
     to_pixels = _to_pixels(shapes, low)
     transformations = {
         system: Composed([to_pixels, own]) for system, own in get_transformation(shapes, get_all=True).items()

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from ._aggregate import aggregate
+from ._annotate import annotate
 from ._coarsen import coarsen
 from ._cross_validate import cross_validate
 from ._evaluate import evaluate
 from ._predict import predict
+from ._regions import rank_regions, regions, tls_score
 from ._train import train
 
-__all__ = ["aggregate", "coarsen", "cross_validate", "evaluate", "predict", "train"]
+__all__ = [
+    "aggregate",
+    "annotate",
+    "coarsen",
+    "cross_validate",
+    "evaluate",
+    "predict",
+    "rank_regions",
+    "regions",
+    "tls_score",
+    "train",
+]

@@ -14,7 +14,7 @@ from scipy import sparse
 from .._keys import Keys, sanitize
 from .._logging import logger
 from .._settings import settings
-from ..data.bridge import Region, SectionView, as_list, find_embedding, regions_of, views_of
+from ..data.bridge import PartsWanted, Region, SectionView, as_list, find_embedding, regions_of, views_of
 from ..data.counts import check_counts, check_names, counts_of, library_size
 from ..data.panel import METHODS, Method, PanelSource, choose_panel
 from ..data.provenance import record
@@ -55,6 +55,8 @@ def cross_validate(
     table_key: str | None = None,
     shapes_key: str | None = None,
     image_key: str | None = None,
+    parts_key: str | None = None,
+    parts_embedding_key: str | None = None,
     counts_layer: str | None = None,
     min_counts: int = 1,
     device: str | None = None,
@@ -67,7 +69,9 @@ def cross_validate(
     """Score models on patients they were not fitted on.
 
     In every fold the gene panel is chosen and every model fitted on the training sections alone; a model sees
-    nothing of the counts of a test section. Genes and unit are set here, for all models alike.
+    nothing of the counts of a test section. Genes and unit are set here, for all models alike. Models that predict
+    nuclei or superpixels are scored at the spots: their counts are summed there and normalised by the library that
+    they predict themselves.
 
     Parameters
     ----------
@@ -97,6 +101,8 @@ def cross_validate(
         it is a diagnostic of the target, not a predictor.
     embedding_key, table_key, shapes_key, image_key, counts_layer
         What to read; each may be left out where there is one candidate.
+    parts_key, parts_embedding_key
+        Shapes and embedding of the parts, for models below the spot.
     min_counts
         Spots with fewer counts are neither trained on nor scored.
     device, precision
@@ -166,7 +172,9 @@ def cross_validate(
     folds = group_folds([region.patient for region in grouped], n_splits, seed=seed)
     check_folds(folds, patients, force=force)
 
-    needs = {need for make in sources.values() for need in make().needs}
+    fresh = {label: make() for label, make in sources.items()}
+    needs = {need for model in fresh.values() for need in model.needs}
+    wanted = _parts_wanted(fresh, parts_key, parts_embedding_key)
     views = views_of(
         items,
         embedding_key=embedding_key,
@@ -183,6 +191,13 @@ def cross_validate(
     sections = [
         _complete(view, patient, counts_layer, unit, used) for view, patient in zip(views, patients, strict=True)
     ]
+    if wanted is not None:
+        fine = views_of(items, image_key=image_key, parts=wanted, **keys)
+        if len(fine) != len(sections):
+            raise DataValueError(
+                "a table annotates several regions; split it by region to cross-validate below the spot"
+            )
+        sections = [replace(own, parts=view.section.parts) for own, view in zip(sections, fine, strict=True)]
     keys_of = {label: sanitize(f"{label}_{key_added}") for label in sources}
     if not copy:
         for view in views:
@@ -216,6 +231,31 @@ def cross_validate(
                 _store(label, keys_of[label], views, folds, result, unit, protocol)
     logger.info("cross-validated %s: %s", ", ".join(sources), protocol)
     return table
+
+
+def _parts_wanted(models: Mapping[str, Model], parts_key: str | None, embedding_key: str | None) -> PartsWanted | None:
+    """What the models below the spot read; ``None`` if there is none.
+
+    Raises
+    ------
+    DataValueError
+        If one predicts only the section it was fitted on, or they differ in level.
+    """
+    if bound := [label for label, model in models.items() if model.info.task == "in-sample"]:
+        raise DataValueError(
+            f"model: {bound} predict only the section they were fitted on and cannot be cross-validated over patients; hold out "
+            "spots of one section in place of it: hx.tl.coarsen(sdata, merge=2)"
+        )
+    below = {label: model for label, model in models.items() if model.reads_parts}
+    if not below:
+        return None
+    levels = {model.level for model in below.values()}
+    if len(levels) > 1:
+        raise DataValueError(
+            f"model: {sorted(below)} predict at several levels {sorted(levels)}; cross-validate one at a time"
+        )
+    needs = tuple(sorted({need for model in below.values() for need in model.needs}))
+    return PartsWanted(levels.pop(), needs, parts_key, embedding_key)
 
 
 def _model_sources(model: ModelSpec | Sequence[str | Model] | Mapping[str, ModelSpec]) -> dict[str, ModelSource]:

@@ -17,7 +17,9 @@ from .. import metrics as scores
 from .._keys import Keys
 from .._settings import settings
 from ..data.section import Prediction, Section, Targets, rows_of
+from ..data.shares import aggregate
 from ..data.splits import Fold
+from ..data.units import normalize
 from ..errors import DataValueError
 from ..models import Model, Run, create
 from ._nulls import Evidence, nulls_of_prediction, nulls_of_training
@@ -120,7 +122,7 @@ def cross_validate_sections(
         candidates = [trimmed[index] for index in fold.train]
         genes = _panel(panel, candidates)
         train = [_with_genes(section, genes, unit) for section in candidates]
-        fitted = {label: make().fit(train, run) for label, make in models.items()}
+        fitted = {label: _fit(make(), train, unit, run) for label, make in models.items()}
         fitted_folds.append(FittedFold(fold, genes, fitted))
         baselines = _model_nulls(train, run) if nulls else {}
         evidence = [_evidence(section, _measured(section, genes, unit)) for section in train] if nulls else []
@@ -132,7 +134,7 @@ def cross_validate_sections(
             guesses: dict[str, np.ndarray] = {}
             for label, model in fitted.items():
                 with settings.override(device=run.device):
-                    prediction = _checked(model.predict(blind), genes, unit, label)
+                    prediction = _checked(_at_spots(model.predict(blind), blind, train, unit), genes, unit, label)
                 predictions[label, int(index)] = prediction
                 guesses[label] = rows_of(prediction.mean, rows)
             windows = None
@@ -231,6 +233,42 @@ def _checked(prediction: Prediction, genes: tuple[str, ...], unit: str, label: s
     if prediction.genes != genes or prediction.unit != unit:
         raise DataValueError(f"model {label!r} predicts other genes or another unit than the protocol sets")
     return prediction
+
+
+def _fit(model: Model, train: Sequence[Section], unit: str, run: Run) -> Model:
+    """Fit on targets in the protocol's unit; a model below the spot learns in its own."""
+    own = getattr(model.config, "unit", None) if model.reads_parts else None
+    if own is None or own == unit:
+        return model.fit(train, run)
+    return model.fit([replace(each, targets=each.require_targets().in_unit(own)) for each in train], run)
+
+
+def _at_spots(prediction: Prediction, section: Section, train: Sequence[Section], unit: str) -> Prediction:
+    """A prediction of parts as one of the observations, in the protocol's unit.
+
+    Counts are summed. The library that they are normalised by is predicted, too: the panel's sum over the share that the
+    panel has of the libraries of the training sections.
+
+    Raises
+    ------
+    DataValueError
+        If a prediction of parts is in another unit than counts or the protocol's.
+    """
+    if prediction.level == "spot":
+        return prediction
+    share = section.require_parts().share
+    if prediction.unit == unit != "counts":
+        mean = np.nan_to_num(aggregate(share, rows_of(prediction.mean), "mean"))
+        return Prediction(section.ids, prediction.genes, unit, mean.astype(np.float32))
+    if prediction.unit != "counts":
+        raise DataValueError(
+            f"a prediction of parts in {prediction.unit!r} cannot be scored in {unit!r}; set unit= to its own"
+        )
+    counts = np.maximum(aggregate(share, rows_of(prediction.mean)), 0.0)
+    panel = sum(float(rows_of(each.require_targets().counts).sum()) for each in train)
+    library = sum(float(each.require_targets().library_size.sum()) for each in train)
+    mean = normalize(counts, counts.sum(axis=1) * library / max(panel, 1e-12), unit)
+    return Prediction(section.ids, prediction.genes, unit, mean)
 
 
 def _evidence(section: Section, values: np.ndarray) -> Evidence:

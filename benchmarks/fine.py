@@ -1,0 +1,467 @@
+"""How well methods predict below the spot, beside interpolation, a linear baseline and an oracle.
+
+    python benchmarks/fine.py synthetic            # known truth of every cell: nuclei and superpixels
+    python benchmarks/fine.py real --data DIR      # her2st and mouse olfactory bulb: spots held out, spots merged
+    python benchmarks/fine.py conserve --data DIR  # sums over superpixels against the measured spots
+    python benchmarks/fine.py quick                # a small synthetic section, five minutes
+    python benchmarks/fine.py table                # Markdown tables of what was run
+
+DIR is the folder of ``her2st``, ``mob_st_stahl2016`` and ``mob_st2k_stutility``; HESPOTEX_DATA by default. Prepared
+sections and finished runs are kept in ``benchmarks/results/fine`` and not made again: an interrupted run goes on where
+it stopped. Every run is a process of its own, so that seconds and peak memory are its own.
+
+In-sample methods are fitted on the spots of the section that they predict; the truth below the spot, and spots held
+out, are seen by none. Rows marked ``transfer`` are fitted on other patients. A correlation is per gene over all nuclei
+or superpixels, of log1p of values scaled to mean 1, so that methods in counts and in logarithms compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+RESULTS = Path(__file__).parent / "results" / "fine"
+COHORT, N_PATIENTS, N_GENES = 21, 4, 250
+SPREAD_UM = 6.0  # of a cell's transcripts around its centre, for the truth of superpixels
+MATCH_UM = 4.0  # a nucleus is a cell's if it lies nearer
+HELD_OUT = 0.1
+
+IN_SAMPLE = {
+    "nearest spot": {"name": "interpolate", "method": "nearest"},
+    "Gaussian interpolation": {"name": "interpolate", "method": "gaussian"},
+    "stage": {"name": "stage"},
+    "tesla": {"name": "tesla"},
+    "ridge on parts": {"name": "ridge_parts"},
+    "istar": {"name": "istar"},
+    "histex": {"name": "histex"},
+    "xfuse": {"name": "xfuse", "preset": "small"},
+    "stand": {"name": "stand"},
+}
+TRANSFER = ("ridge on parts", "istar", "xfuse", "stand")
+AT_NUCLEI = ("stand",)  # methods of the nucleus; "ridge on parts" is run at both
+UNTRAINED = ("interpolate", "tesla")
+
+
+# Sections
+
+
+def prepare(sdata, *, size_um: float = 8.0, nuclei: bool = True) -> None:
+    """Tissue, superpixels and nuclei with their features."""
+    import hespotex as hx
+
+    hx.pp.detect_tissue(sdata)
+    hx.pp.superpixels(sdata, size_um)
+    hx.pp.embed(sdata, "morphology", shapes_key="superpixels", tile_um=2 * size_um)
+    hx.pp.embed(sdata, "rgb", shapes_key="superpixels", tile_um=size_um)
+    if nuclei:
+        hx.pp.segment_nuclei(sdata)
+        hx.pp.embed_nuclei(sdata, "morphology")
+
+
+def stored(name: str, make):
+    """A prepared section, made once."""
+    import spatialdata
+
+    path = RESULTS / "prepared" / f"{name}.zarr"
+    if not path.exists():
+        sdata = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        if part.exists():
+            import shutil
+
+            shutil.rmtree(part)
+        sdata.write(part)
+        part.rename(path)
+    return spatialdata.read_zarr(path)
+
+
+def synthetic(patient: int, size_px: int = 2400):
+    import hespotex as hx
+
+    def make():
+        sdata = hx.datasets.synthetic(first_patient=patient, size_px=size_px, n_genes=N_GENES, seed=COHORT)
+        prepare(sdata)
+        return sdata
+
+    return stored(f"synthetic-{size_px}-{patient}", make)
+
+
+def real(name: str, data: Path):
+    import hespotex as hx
+
+    def make():
+        if name.startswith("her2st"):
+            sdata = hx.datasets.her2st(name.split("-")[1], path=data / "her2st")
+        elif name == "mob-rep11":
+            folder = data / "mob_st_stahl2016"
+            sdata = hx.io.read_st(
+                folder / "rep11_counts.tsv.gz", _mob_spots(folder), folder / "rep11.jpg", name="rep11", patient="E"
+            )
+        else:
+            folder = data / "mob_st2k_stutility"
+            number = name[-1]
+            sdata = hx.io.read_st(
+                folder / f"MOB{number}.tsv.gz",
+                folder / f"alignment_table_MOB{number}.tsv",
+                folder / f"MOB{number}.jpg",
+                name=name,
+                patient="1" if number in "12" else "2",
+                mpp=4.55,
+            )
+        fine = name.startswith("her2st")
+        prepare(sdata, size_um=8.0 if fine else 16.0, nuclei=fine)
+        return sdata
+
+    return stored(name, make)
+
+
+def _mob_spots(folder: Path) -> Path:
+    """Spot table of the olfactory bulb with whole array positions for names and the measured ones beside them."""
+    table = pd.read_csv(folder / "rep11_spots.tsv", sep="\t")
+    x, y = table["spot"].str.split("x", expand=True).astype(float).to_numpy().T
+    out = pd.DataFrame(
+        {"x": x, "y": y, "new_x": x, "new_y": y, "pixel_x": table["pixel_x"], "pixel_y": table["pixel_y"]}
+    )
+    path = RESULTS / "prepared" / "rep11_spots.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out.to_csv(path, sep="\t", index=False)
+    return path
+
+
+# Truth
+
+
+def cells_of(sdata):
+    """True cells: centres in µm, expression (cells, genes) and types."""
+    import hespotex as hx
+
+    truth = hx.datasets.cell_truth(sdata)
+    return truth.obsm["spatial"] * 0.5, np.asarray(truth.X), truth.obs["cell_type"].astype(str).to_numpy()
+
+
+def truth_at_superpixels(sdata) -> np.ndarray:
+    """Expression that lies in each superpixel, each cell's spread around its centre, (m, G)."""
+    from scipy import sparse
+    from scipy.spatial import cKDTree
+
+    xy, values, _ = cells_of(sdata)
+    grid = sdata["superpixels"]
+    centres = (grid[["col", "row"]].to_numpy() + 0.5) * grid["size_um"].iloc[0]
+    near = cKDTree(centres).sparse_distance_matrix(cKDTree(xy), 3 * SPREAD_UM, output_type="coo_matrix")
+    weight = np.exp(-0.5 * (near.data / SPREAD_UM) ** 2)
+    share = sparse.csr_matrix((weight, (near.row, near.col)), shape=(len(centres), len(xy)))
+    total = np.asarray(share.sum(axis=0)).ravel()
+    return share @ (values / np.maximum(total, 1e-12)[:, None])
+
+
+def truth_at_nuclei(sdata):
+    """Rows of the nuclei that are a cell's, their expression and cell types."""
+    from scipy.spatial import cKDTree
+
+    xy, values, types = cells_of(sdata)
+    centroid = sdata["nuclei"].geometry.centroid
+    nuclei = np.column_stack([centroid.x, centroid.y]) * 0.5
+    distance, cell = cKDTree(xy).query(nuclei)
+    _, back = cKDTree(nuclei).query(xy)
+    matched = np.flatnonzero((distance <= MATCH_UM) & (back[cell] == np.arange(len(nuclei))))
+    return matched, values[cell[matched]], types[cell[matched]]
+
+
+# Scores
+
+
+def gene_r(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Pearson r per gene of log1p of values scaled to mean 1; NaN where the truth is constant, 0 where only a guess is."""
+    from hespotex.models._inner import gene_correlation
+
+    def scaled(values):
+        values = np.maximum(values, 0)
+        return np.log1p(values / np.maximum(values.mean(axis=0), 1e-12))
+
+    return gene_correlation(scaled(truth), scaled(predicted))
+
+
+def within_types(truth: np.ndarray, predicted: np.ndarray, types: np.ndarray) -> float:
+    """Mean r within each cell type of 100 cells or more."""
+    found = [
+        np.nanmean(gene_r(truth[types == kind], predicted[types == kind]))
+        for kind in np.unique(types)
+        if (types == kind).sum() >= 100
+    ]
+    return float(np.mean(found))
+
+
+def linear(values: np.ndarray, unit: str) -> np.ndarray:
+    return values if unit == "counts" else np.expm1(values) if unit.startswith("log1p") else 2.0**values - 1
+
+
+# Runs, each in a process of its own
+
+
+def _model(label: str):
+    import hespotex as hx
+
+    options = dict(IN_SAMPLE[label])
+    return hx.models.create(options.pop("name"), **options)
+
+
+def _panel(sdata) -> list[str]:
+    """Genes of highest mean in the spots that are given."""
+    mean = np.asarray(sdata["table"].X.mean(axis=0)).ravel()
+    order = np.argsort(-mean, kind="stable")[:N_GENES]
+    return sorted(sdata["table"].var_names[order])
+
+
+def _fit_predict(label: str, sections: list, test, genes: list[str], at: str) -> tuple[np.ndarray, str, float, float]:
+    """Prediction at the parts of `test`, its unit, and seconds to fit and to predict."""
+    import hespotex as hx
+
+    start = time.perf_counter()
+    model = hx.tl.train(sections, _model(label), genes=genes, parts_key=at)
+    fitted = time.perf_counter()
+    hx.tl.predict(test, model, parts_key=at, key_added="p")
+    done = time.perf_counter()
+    found = hx.get.prediction(test, "p", table_key=f"p_{at}")
+    return np.asarray(found.X), str(model.recipe.unit), fitted - start, done - fitted
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def run_synthetic(label: str, task: str, patient: int, size_px: int) -> dict:
+    """Scores of one method on one synthetic patient."""
+    import hespotex as hx
+
+    hx.settings.progress_bar = False
+    test = synthetic(patient, size_px)
+    genes = _panel(test)
+    columns = test["table"].var_names.get_indexer(genes)
+    at_nuclei, at_grid = truth_at_nuclei(test), truth_at_superpixels(test)[:, columns]
+    matched, nucleus_truth, types = at_nuclei[0], at_nuclei[1][:, columns], at_nuclei[2]
+    others = [synthetic(other, size_px) for other in range(N_PATIENTS) if other != patient]
+    row: dict = {"method": label, "task": task, "patient": patient, "nuclei": len(matched), "superpixels": len(at_grid)}
+    if label == "oracle (type means)":
+        guess = np.stack([nucleus_truth[types == kind].mean(axis=0) for kind in types])
+        return row | {"r_nuclei": float(np.nanmean(gene_r(nucleus_truth, guess))), "r_within": 0.0}
+    sections = [test] if task == "in-sample" else others
+    for at in ("superpixels", "nuclei"):
+        if (at == "superpixels") == (label in AT_NUCLEI) or (
+            at == "nuclei" and label not in (*AT_NUCLEI, "ridge on parts")
+        ):
+            continue
+        values, unit, fit_s, predict_s = _fit_predict(label, sections, test, genes, at)
+        values = linear(values, unit)
+        if at == "superpixels":
+            row["r_superpixels"] = float(np.nanmean(gene_r(at_grid, values)))
+            row["seconds_fit"], row["seconds_predict"] = fit_s, predict_s
+            under = _cell_under(test)[matched]
+            kept = under >= 0
+            if label == "ridge on parts":
+                continue  # scored at nuclei with features of the nuclei
+            values, truth, kinds = values[under[kept]], nucleus_truth[kept], types[kept]
+        else:
+            values, truth, kinds = values[matched], nucleus_truth, types
+            row.setdefault("seconds_fit", fit_s)
+            row.setdefault("seconds_predict", predict_s)
+        row["r_nuclei"] = float(np.nanmean(gene_r(truth, values)))
+        row["r_within"] = within_types(truth, values, kinds)
+    return row | {"peak_gb": _peak_gb()}
+
+
+def _cell_under(sdata) -> np.ndarray:
+    """Superpixel under each nucleus, -1 where there is none."""
+    grid = sdata["superpixels"]
+    size = float(grid["size_um"].iloc[0])
+    centroid = sdata["nuclei"].geometry.centroid
+    column, row = (np.floor(np.column_stack([centroid.x, centroid.y]) * 0.5 / size).astype(int)).T
+    place = {(r, c): i for i, (r, c) in enumerate(zip(grid["row"], grid["col"], strict=True))}
+    return np.array([place.get((r, c), -1) for r, c in zip(row, column, strict=True)])
+
+
+def run_real(label: str, task: str, name: str, data: str) -> dict:
+    """Scores of one method at spots that it did not see: held out in blocks, or merged."""
+    import hespotex as hx
+
+    hx.settings.progress_bar = False
+    whole = real(name, Path(data))
+    at = "nuclei" if label in AT_NUCLEI else "superpixels"
+    if task == "held out":
+        coarse, fine_key, kept = _without_blocks(whole)
+    else:
+        coarse, fine_key, kept = _merged(whole)
+    genes = _panel(coarse)
+    values, unit, fit_s, predict_s = _fit_predict(label, [coarse], coarse, genes, at)
+    del values
+    hx.tl.aggregate(coarse, f"p_{at}", fine_key, how=None if unit == "counts" else "mean", key_added="q")
+    predicted = hx.get.prediction(coarse, "q", table_key=f"q_{fine_key}")[kept]
+    measured = whole["table"][:, genes] if task == "held out" else coarse["fine_table"][:, genes]
+    truth, library = measured.X[kept].toarray(), np.asarray(whole["table"].X.sum(axis=1)).ravel()[kept]
+    covered = np.asarray(predicted.obs["q_coverage"]) > 0
+    panel_share = float(coarse["table"][:, genes].X.sum() / coarse["table"].X.sum())
+    guess = np.nan_to_num(np.asarray(predicted.X))
+    if unit == "counts":
+        guess = np.maximum(guess, 0)
+        total = guess.sum(axis=1, keepdims=True) / panel_share
+        guess = np.log1p(guess / np.maximum(total, 1e-12) * 1e4)
+    target = np.log1p(truth / np.maximum(library, 1)[:, None] * 1e4)
+    from hespotex.models._inner import gene_correlation
+
+    r = gene_correlation(target[covered], guess[covered])
+    own = hx.tl.aggregate(
+        coarse, f"p_{at}", "spots", how=None if unit == "counts" else "mean", key_added="s", copy=True
+    )
+    mine, theirs = np.nan_to_num(np.asarray(own.X)), coarse["table"][:, genes].X.toarray()
+    return {
+        "method": label,
+        "task": task,
+        "section": name,
+        "spots": coarse["table"].n_obs,
+        "scored": int(covered.sum()),
+        "r": float(np.nanmean(r)),
+        "rmse": float(np.sqrt(np.mean((target[covered] - guess[covered]) ** 2))),
+        "ssim": _ssim(measured.obs.iloc[kept][covered], target[covered], guess[covered]),
+        "sum_error": float(np.abs(mine - theirs).sum() / theirs.sum()) if unit == "counts" else float("nan"),
+        "seconds_fit": fit_s,
+        "seconds_predict": predict_s,
+        "peak_gb": _peak_gb(),
+    }
+
+
+def _ssim(obs: pd.DataFrame, target: np.ndarray, guess: np.ndarray) -> float:
+    """Mean SSIM over genes on the array; NaN where it is no full array."""
+    from hespotex.metrics import lattice_windows, ssim
+
+    try:
+        windows = lattice_windows(obs["array_row"].to_numpy(), obs["array_col"].to_numpy(), lattice="square")
+        return float(np.nanmean(ssim(target, guess, windows)))
+    except ValueError:
+        return float("nan")
+
+
+def _without_blocks(whole):
+    """The section without a tenth of its spots, in blocks; shapes of all spots; which were held out."""
+    import hespotex as hx
+    from hespotex.data.splits import spatial_blocks
+
+    radius = 0.5 * hx.data.lattice.spot_pitch(whole["table"].obsm["spatial"])
+    blocks = spatial_blocks(whole["table"].obsm["spatial"], side_um=5 * radius)
+    order = np.random.default_rng(0).permutation(blocks.max() + 1)
+    n_held = np.cumsum(np.bincount(blocks)[order])
+    held = np.isin(blocks, order[: int(np.searchsorted(n_held, HELD_OUT * len(blocks))) + 1])
+    coarse = _copy(whole)
+    coarse["all_spots"] = whole["spots"].loc[whole["table"].obs["spot_id"]]
+    coarse["table"] = whole["table"][~held].copy()
+    return coarse, "all_spots", np.flatnonzero(held)
+
+
+def _merged(whole):
+    """Blocks of 2 × 2 spots merged; shapes of the single spots; those that are in a block."""
+    import hespotex as hx
+
+    coarse = hx.tl.coarsen(whole, merge=2)
+    for name in ("superpixels", "nuclei"):
+        if name in whole.shapes:
+            coarse[name] = whole[name]
+    for name, table in whole.tables.items():
+        if name != "table":
+            coarse[name] = table
+    return coarse, "fine", np.arange(whole["table"].n_obs)
+
+
+def _copy(sdata):
+    import spatialdata
+
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    return spatialdata.SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))
+
+
+def launch(kind: str, **arguments) -> None:
+    """Do a run in a process of its own and keep its row, unless it is there."""
+    name = "-".join(str(value).replace(" ", "_") for key, value in arguments.items() if key != "data")
+    path = RESULTS / kind / f"{name}.json"
+    if path.exists():
+        print("there already:", kind, name, flush=True)
+        return
+    print("running:", kind, name, flush=True)
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import fine; fine.worker(*sys.argv[2:])"
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), kind, json.dumps(arguments), str(part)], check=False
+    )
+    if process.returncode:
+        print("FAILED:", kind, name, flush=True)
+        return
+    part.rename(path)
+    print(path.read_text(), flush=True)
+
+
+def worker(kind: str, arguments: str, path: str) -> None:
+    warnings.simplefilter("ignore")
+    row = {"synthetic": run_synthetic, "quick": run_synthetic, "real": run_real}[kind](**json.loads(arguments))
+    Path(path).write_text(json.dumps(row))
+
+
+def rows(kind: str) -> pd.DataFrame:
+    return pd.DataFrame([json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))])
+
+
+def table() -> None:
+    """Markdown of what was run."""
+    for kind, by in (
+        ("quick", ["task", "method"]),
+        ("synthetic", ["task", "method"]),
+        ("real", ["task", "section", "method"]),
+    ):
+        found = rows(kind)
+        if found.empty:
+            continue
+        numbers = [c for c in found.columns if c not in (*by, "patient")]
+        print(f"\n## {kind}\n")
+        print(found.groupby(by)[numbers].mean().round(3).reset_index().to_markdown(index=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["synthetic", "real", "quick", "table"])
+    parser.add_argument("--data", default=os.environ.get("HESPOTEX_DATA", "../shared/data"))
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--patients", nargs="*", type=int, default=list(range(N_PATIENTS)))
+    parser.add_argument("--sections", nargs="*", default=["her2st-C2", "her2st-C4", "mob-rep11", "mob-2k1"])
+    args = parser.parse_args()
+    wanted = args.methods or list(IN_SAMPLE)
+    if args.what == "table":
+        table()
+    elif args.what == "real":
+        for name in args.sections:
+            for task in ("held out", "merged"):
+                for label in wanted:
+                    if label in AT_NUCLEI and not name.startswith("her2st"):
+                        continue  # no nuclei are seen at 3 µm/px
+                    launch("real", label=label, task=task, name=name, data=args.data)
+    else:
+        size_px = 1200 if args.what == "quick" else 2400
+        patients = [0] if args.what == "quick" else args.patients
+        for patient in patients:
+            if not args.methods:
+                launch(args.what, label="oracle (type means)", task="in-sample", patient=patient, size_px=size_px)
+            for label in wanted:
+                launch(args.what, label=label, task="in-sample", patient=patient, size_px=size_px)
+                if label in TRANSFER and args.what != "quick":
+                    launch(args.what, label=label, task="transfer", patient=patient, size_px=size_px)
+
+
+if __name__ == "__main__":
+    main()

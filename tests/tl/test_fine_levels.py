@@ -1,0 +1,328 @@
+"""Training and predicting below the spot, gathering, coarsening, rasters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import spatialdata
+from spatialdata.transformations import get_transformation
+
+import hespotex as hx
+from hespotex.data import blockwise
+from hespotex.errors import (
+    AmbiguousKeyError,
+    DataTypeError,
+    DataValueError,
+    GeometryError,
+    MissingKeyError,
+    ModelMismatchError,
+)
+
+GENES = ("TUMOUR1", "T_CELL1", "FIBROBLAST1")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two patients with superpixels of 16 µm and features for them."""
+    sections = hx.datasets.synthetic(n_patients=2, size_px=1000, n_genes=40, pitch_um=60, seed=3)
+    for sdata in sections:
+        hx.pp.detect_tissue(sdata)
+        hx.pp.superpixels(sdata, 16)
+        hx.pp.embed(sdata, "morphology", shapes_key="superpixels", tile_um=32, progress_bar=False)
+    return sections
+
+
+@pytest.fixture
+def section(pair):
+    return own_copy(pair[0])
+
+
+@pytest.fixture
+def other(pair):
+    return own_copy(pair[1])
+
+
+@pytest.fixture(scope="module")
+def linear(pair):
+    return hx.tl.train(own_copy(pair[0]), "ridge_parts", genes=GENES)
+
+
+def own_copy(sdata):
+    elements = {name: element for _, name, element in sdata.gen_spatial_elements()}
+    tables = {name: table.copy() for name, table in sdata.tables.items()}
+    return spatialdata.SpatialData.init_from_elements({**elements, **tables}, attrs=dict(sdata.attrs))
+
+
+def test_an_untrained_method_predicts_at_once_and_makes_what_it_needs():
+    sdata = hx.datasets.synthetic(size_px=800, n_genes=20, pitch_um=60, seed=0)
+    hx.tl.predict(sdata, "tesla", genes=GENES[:2])
+    table = sdata["tesla_superpixels"]
+    assert list(table.var_names) == list(GENES[:2])
+    assert np.isfinite(table.X).all()
+    assert sdata["superpixels"]["size_um"].iloc[0] == 8
+    assert "model" not in sdata.attrs["hespotex"]  # nothing was trained
+
+
+def test_a_prediction_at_superpixels_is_a_table_of_their_own(section, linear):
+    hx.tl.predict(section, linear)
+    table = section["ridge_parts_superpixels"]
+    assert table.shape == (len(section["superpixels"]), 3)
+    assert list(table.obs["part_id"]) == list(section["superpixels"].index)
+    assert (
+        table.obs[["array_row", "array_col"]].to_numpy().tolist()
+        == section["superpixels"][["row", "col"]].to_numpy().tolist()
+    )
+    found = hx.get.prediction(section, "ridge_parts")
+    np.testing.assert_array_equal(found.X, table.X)
+    assert found.uns["hespotex"]["ridge_parts"]["unit"] == "counts"
+
+
+def test_the_table_survives_zarr(section, linear, tmp_path):
+    hx.tl.predict(section, linear)
+    section.write(tmp_path / "s.zarr")
+    again = spatialdata.read_zarr(tmp_path / "s.zarr")
+    np.testing.assert_array_equal(hx.get.prediction(again, "ridge_parts").X, section["ridge_parts_superpixels"].X)
+
+
+def test_transfer_lays_the_grid_and_embeds_it_on_a_slide_that_has_only_the_image(linear):
+    slide = hx.datasets.synthetic(size_px=600, with_expression=False, seed=9)
+    hx.tl.predict(slide, linear)
+    assert slide["superpixels"]["size_um"].iloc[0] == 16
+    assert np.isfinite(slide["ridge_parts_superpixels"].X).all()
+
+
+def test_measured_expression_of_another_section_is_not_looked_at(other, linear):
+    blank = own_copy(other)
+    blank["table"].X = blank["table"].X * 0 + 7
+    for sdata in (other, blank):
+        hx.tl.predict(sdata, linear)
+    np.testing.assert_array_equal(other["ridge_parts_superpixels"].X, blank["ridge_parts_superpixels"].X)
+
+
+def test_blocks_do_not_change_the_result(section, linear):
+    hx.tl.predict(section, linear, block_rows=100)
+    whole = hx.tl.predict(section, linear, copy=True, key_added="again")
+    np.testing.assert_allclose(section["ridge_parts_superpixels"].X, whole.X, rtol=1e-5)
+    assert "again_superpixels" not in section.tables
+
+
+def test_genes_can_be_chosen_at_prediction(section, linear):
+    whole = hx.tl.predict(section, linear, copy=True)
+    some = hx.tl.predict(section, linear, genes=["T_CELL1"], copy=True)
+    np.testing.assert_array_equal(some.X[:, 0], whole[:, "T_CELL1"].X[:, 0])
+    with pytest.raises(DataValueError, match="does not predict 1 of 1: NOPE"):
+        hx.tl.predict(section, linear, genes=["NOPE"])
+
+
+def test_a_target_on_disk_holds_the_same_and_leaves_the_object_alone(section, linear, tmp_path):
+    hx.tl.predict(section, linear, target=tmp_path / "big.zarr", block_rows=500)
+    assert "ridge_parts_superpixels" not in section.tables
+    stored = spatialdata.read_zarr(tmp_path / "big.zarr")
+    expected = hx.tl.predict(section, linear, copy=True)
+    np.testing.assert_allclose(stored["ridge_parts_superpixels"].X, expected.X, rtol=1e-5)
+    np.testing.assert_allclose(hx.get.prediction(stored).X, expected.X, rtol=1e-5)
+    with pytest.raises(DataValueError, match="exists already"):
+        hx.tl.predict(section, linear, target=tmp_path / "big.zarr")
+
+
+def test_a_target_appears_only_when_whole(section, linear, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(blockwise.TableStore, "write", broken)
+    with pytest.raises(RuntimeError, match="disk full"):
+        hx.tl.predict(section, linear, target=tmp_path / "big.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_larger_than_memory_is_refused_with_the_ways_out(section, linear, monkeypatch):
+    monkeypatch.setattr(blockwise, "available_bytes", lambda: 10_000)
+    with pytest.raises(DataValueError, match=r"genes=.*target="):
+        hx.tl.predict(section, linear)
+    assert "ridge_parts_superpixels" not in section.tables
+
+
+def test_an_in_sample_method_knows_its_section(section, other):
+    model = hx.tl.train(section, "interpolate", genes=GENES)
+    hx.tl.predict(section, model)
+    with pytest.raises(ModelMismatchError, match="predicts only the section it was fitted on"):
+        hx.tl.predict(other, model)
+
+
+def test_cells_of_another_size_are_refused(linear, other):
+    fresh = hx.datasets.synthetic(size_px=600, with_expression=False, seed=9)
+    hx.pp.detect_tissue(fresh)
+    hx.pp.superpixels(fresh, 20)
+    with pytest.raises(ModelMismatchError, match=r"cells of 20 µm, the model was trained on 16"):
+        hx.tl.predict(fresh, linear)
+
+
+def test_another_encoder_setting_is_refused(linear):
+    fresh = hx.datasets.synthetic(size_px=600, with_expression=False, seed=9)
+    hx.pp.detect_tissue(fresh)
+    hx.pp.superpixels(fresh, 16)
+    hx.pp.embed(fresh, "morphology", shapes_key="superpixels", tile_um=64, progress_bar=False)
+    with pytest.raises(ModelMismatchError, match="tile_um: 64.0 here, 32.0 in training"):
+        hx.tl.predict(fresh, linear)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda sdata: None, r"hx\.pp\.superpixels"),
+        (lambda sdata: (hx.pp.detect_tissue(sdata), hx.pp.superpixels(sdata, 16)), r"hx\.pp\.embed"),
+    ],
+)
+def test_what_training_lacks_is_named(prepare, message):
+    sdata = hx.datasets.synthetic(size_px=600, n_genes=20, pitch_um=60)
+    prepare(sdata)
+    with pytest.raises(MissingKeyError, match=message):
+        hx.tl.train(sdata, "ridge_parts", genes=GENES)
+
+
+def test_an_anndata_has_no_parts(section, linear):
+    with pytest.raises(DataTypeError, match="SpatialData"):
+        hx.tl.train(section["table"], "ridge_parts", genes=GENES)
+    with pytest.raises(DataTypeError, match="SpatialData"):
+        hx.tl.predict(section["table"], linear)
+
+
+def test_fine_words_do_not_go_with_spot_models(section):
+    hx.pp.embed(section, "morphology", progress_bar=False)
+    with pytest.raises(DataValueError, match="reads no parts"):
+        hx.tl.train(section, "ridge", genes=GENES, parts_key="superpixels")
+    model = hx.tl.train(section, "ridge", genes=GENES)
+    with pytest.raises(DataValueError, match="methods below the spot"):
+        hx.tl.predict(section, model, raster=True)
+
+
+def test_a_prediction_does_not_replace_another_table(section, linear):
+    section["ridge_parts_superpixels"] = section["table"].copy()
+    with pytest.raises(DataValueError, match="which is no prediction"):
+        hx.tl.predict(section, linear)
+
+
+def test_raster_shows_each_cell_at_its_place(section, linear):
+    hx.tl.predict(section, linear, raster=True)
+    image = section["ridge_parts_superpixels_raster"]
+    table, shapes = section["ridge_parts_superpixels"], section["superpixels"]
+    low = shapes[["row", "col"]].min().to_numpy()
+    row, column = (shapes[["row", "col"]].to_numpy() - low).T
+    np.testing.assert_array_equal(image.sel(c="T_CELL1").values[row, column], table[:, "T_CELL1"].X.ravel())
+    assert int(np.isfinite(image.values[0]).sum()) == len(shapes)
+    matrix = get_transformation(image, "global").to_affine_matrix(("x", "y"), ("x", "y"))
+    whole = int(np.argmax(shapes.area))
+    centre = matrix @ [column[whole] + 0.5, row[whole] + 0.5, 1]
+    np.testing.assert_allclose(centre[:2], np.ravel(shapes.geometry.iloc[whole].centroid.coords[0]))
+
+
+def test_aggregation_is_the_sum_the_model_learned(section, linear):
+    hx.tl.predict(section, linear)
+    hx.tl.aggregate(section, "ridge_parts_superpixels", "spots")
+    spots = hx.get.prediction(section, "ridge_parts", table_key="table")
+    assert spots.X.shape == (section["table"].n_obs, 3)
+    r = np.corrcoef(spots[:, "TUMOUR1"].X.ravel(), spots[:, "TUMOUR1"].layers["measured"].ravel())[0, 1]
+    assert r > 0.5
+    assert section["table"].obs["ridge_parts_coverage"].max() <= np.pi * (27.5 / 16) ** 2 + 1e-9
+
+
+def test_sums_over_regions_that_cover_everything_are_conserved(section, linear):
+    import shapely
+    from geopandas import GeoDataFrame
+    from spatialdata.models import ShapesModel
+
+    hx.tl.predict(section, linear)
+    section["halves"] = ShapesModel.parse(
+        GeoDataFrame(geometry=[shapely.box(0, 0, 333.3, 1000), shapely.box(333.3, 0, 1000, 1000)]),
+        transformations=get_transformation(section["superpixels"], get_all=True),
+    )
+    halves = hx.tl.aggregate(section, "ridge_parts_superpixels", "halves", copy=True)
+    weight = section["superpixels"].area.to_numpy() / 32**2
+    expected = weight @ section["ridge_parts_superpixels"].X
+    np.testing.assert_allclose(halves.X.sum(axis=0), expected, rtol=1e-5)
+    hx.tl.aggregate(section, "ridge_parts_superpixels", "halves")
+    np.testing.assert_array_equal(section["ridge_parts_halves"].X, halves.X)
+
+
+def test_aggregation_of_logarithms_is_a_mean(section):
+    hx.tl.predict(section, "interpolate", genes=GENES)
+    with pytest.raises(DataValueError, match="how='mean'"):
+        hx.tl.aggregate(section, "interpolate_superpixels", "spots", how="sum")
+    hx.tl.aggregate(section, "interpolate_superpixels", "spots")
+    values = hx.get.prediction(section, "interpolate", table_key="table").X
+    fine = section["interpolate_superpixels"].X
+    assert np.nanmin(values) >= fine.min() - 1e-6
+    assert np.nanmax(values) <= fine.max() + 1e-6
+
+
+def test_aggregation_names_what_is_wrong(section, linear):
+    with pytest.raises(MissingKeyError, match=r"did you mean one of \['morphology_superpixels'\]"):
+        hx.tl.aggregate(section, "superpixels", "spots")
+    hx.tl.predict(section, linear)
+    with pytest.raises(MissingKeyError, match="to_='nowhere'"):
+        hx.tl.aggregate(section, "ridge_parts_superpixels", "nowhere")
+    section["table"].layers["mine"] = section["table"].X.copy()
+    with pytest.raises(DataValueError, match="choose another key_added"):
+        hx.tl.aggregate(section, "ridge_parts_superpixels", "spots", key_added="mine")
+    hx.tl.predict(section, linear, key_added="ridge_parts")
+    section["ridge_parts_superpixels"].uns["hespotex"]["two"] = dict(
+        section["ridge_parts_superpixels"].uns["hespotex"]["ridge_parts"]
+    )
+    with pytest.raises(AmbiguousKeyError, match="several predictions"):
+        hx.tl.aggregate(section, "ridge_parts_superpixels", "spots")
+
+
+def test_merged_spots_count_what_theirs_counted(section):
+    merged = hx.tl.coarsen(section, merge=2)
+    assert merged["table"].n_obs * 4 <= section["table"].n_obs
+    assert (merged["table"].obs["n_parts"] == 4).all()
+    shares = merged["table"].X.sum() / section["table"].X.sum()
+    assert shares == pytest.approx(merged["table"].n_obs * 4 / section["table"].n_obs, rel=0.4)
+    spots = section["table"].X.toarray()
+    assert any(
+        np.array_equal(merged["table"].X[0].toarray()[0], spots[list(four)].sum(axis=0)) for four in _fours(section)
+    )
+    assert merged["fine_table"].n_obs == section["table"].n_obs
+    hx.tl.predict(merged, "interpolate", genes=GENES, parts_key="fine")
+    assert merged["interpolate_fine"].n_obs == section["table"].n_obs
+
+
+def _fours(section):
+    obs = section["table"].obs.reset_index()
+    block = obs["array_row"] // 2 * 1000 + obs["array_col"] // 4
+    return [rows for rows in obs.groupby(block).indices.values() if len(rows) == 4]
+
+
+def test_a_lattice_of_spots_pools_cells(section):
+    cells = hx.datasets.cell_truth(section)
+    rng = np.random.default_rng(0)
+    cells.X = rng.poisson(cells.X * 3).astype(np.int32)
+    fine = own_copy(section)
+    del fine["table"]
+    from spatialdata.models import ShapesModel, TableModel
+
+    fine["cells"] = ShapesModel.parse(
+        cells.obsm["spatial"], geometry=0, radius=5.0, index=cells.obs_names,
+        transformations=get_transformation(section["spots"], get_all=True),
+    )  # fmt: skip
+    cells.obs["region"], cells.obs["cell_id"] = "cells", cells.obs_names.to_numpy()
+    cells.obs["region"] = cells.obs["region"].astype("category")
+    fine["cells_table"] = TableModel.parse(cells, region="cells", region_key="region", instance_key="cell_id")
+    pooled = hx.tl.coarsen(fine, pitch_um=80, diameter_um=60, table_key="cells_table")
+    distance = np.linalg.norm(cells.obsm["spatial"][:, None] - pooled["table"].obsm["spatial"][None], axis=2)
+    inside = distance <= 60
+    np.testing.assert_array_equal(pooled["table"].X.toarray(), inside.T.astype(int) @ cells.X)
+    np.testing.assert_array_equal(pooled["table"].obs["n_parts"], inside.sum(axis=0))
+    assert hx.data.tables.resolve_table(pooled).key == "table"
+
+
+def test_coarsening_names_what_is_wrong(section):
+    with pytest.raises(DataValueError, match="merge=1"):
+        hx.tl.coarsen(section, merge=1)
+    with pytest.raises(GeometryError, match="no spot holds 50"):
+        hx.tl.coarsen(section, min_parts=50)
+    with pytest.raises(DataTypeError, match="must be a SpatialData"):
+        hx.tl.coarsen(section["table"])
+    del section["table"].obs["array_row"]
+    with pytest.raises(MissingKeyError, match="array positions"):
+        hx.tl.coarsen(section, merge=2)
