@@ -78,7 +78,7 @@ def test_no_function_of_the_models_needs_a_scverse_package(path):
 FLOORS = [
     {"cli", "_demo", "__main__"},
     {"pp", "tl", "pl", "get", "io", "datasets"},
-    {"models", "encoders", "segmentation", "metrics"},
+    {"models", "encoders", "segmentation", "annotation", "metrics"},
     {"data", "image"},
     {"_settings", "_keys", "_device", "_optional", "_logging", "_version", "errors", ""},
 ]

@@ -44,6 +44,7 @@ class Keys:
     GRID_ROW: Final = "row"  # of a superpixel on its grid
     GRID_COL: Final = "col"
     SIZE_UM: Final = "size_um"
+    POSITION_ID: Final = "position_id"  # of a measured or unmeasured spot of a denser lattice
     NUCLEUS_ID: Final = "nucleus_id"
     ARRAY_ROW: Final = "array_row"
     ARRAY_COL: Final = "array_col"
@@ -55,6 +56,7 @@ class Keys:
 
     # arrays
     COLOUR: Final = "X_rgb"
+    MORPHOMETRICS: Final = "X_morphometrics"
     SPATIAL: Final = "spatial"
     CONNECTIVITIES: Final = "spatial_connectivities"
     DISTANCES: Final = "spatial_distances"
@@ -69,6 +71,11 @@ class Keys:
     def embedding_table(encoder: str, shapes_key: str) -> str:
         """Table that holds an embedding of shapes that have no table of their own."""
         return f"{sanitize(encoder)}_{sanitize(shapes_key)}"
+
+    @staticmethod
+    def nuclei_table(shapes_key: str) -> str:
+        """Table of what is known of each nucleus."""
+        return Keys.NUCLEI_TABLE if shapes_key == Keys.NUCLEI else Keys.derived(shapes_key, "features")
 
     @staticmethod
     def padded(encoder: str) -> str:

@@ -44,6 +44,7 @@ def test_registered_encoders_are_made_by_name(mean):
 def test_available_describes_the_built_in_ones():
     table = hx.encoders.available()
     assert {"morphology", "quiltnet", "timm:<architecture>", "open_clip:<architecture>"} <= set(table.index)
+    assert {"rgb", "crops", "dense:<encoder>", "pyramid:<encoder>"} <= set(table.index)
     assert table.loc["quiltnet", "n_features"] == 512
     assert {"mpp", "tile_um", "licence", "gated", "extra"} <= set(table.columns)
 

@@ -78,6 +78,35 @@ def test_high_mean_and_most_variable_follow_their_definition():
     assert select_genes(sections, method="most_variable", n_top=7, copy=True) == expected
 
 
+def test_variance_is_that_of_raw_counts():
+    sections = [section(0), section(1, n=45)]
+    variances = np.mean([adata.X.toarray().var(axis=0) for adata in sections], axis=0)
+    expected = sorted(np.array(GENES)[np.argsort(-variances)[:7]])
+    assert select_genes(sections, method="variance", n_top=7, copy=True) == expected
+
+
+@pytest.mark.parametrize("variable", [2000, 25])
+def test_high_mean_and_spread_is_the_smallest_intersection_of_two_lists(variable, monkeypatch):
+    monkeypatch.setattr("hespotex.data.panel.HISDIFF_VARIABLE", variable)
+    sections = [section(0), section(1, n=45)]
+    counts = np.concatenate([adata.X.toarray() for adata in sections])
+    chosen = select_genes(sections, method="high_mean_and_spread", n_top=9, copy=True)
+    assert len(chosen) == 9
+    from hespotex.data.panel import _dispersed
+
+    sources = [PanelSource(adata.X, tuple(GENES)) for adata in sections]
+    ranked = np.flatnonzero(_dispersed(sources, [source.columns(GENES) for source in sources]))
+    assert len(ranked) == 40 if variable == 2000 else 25 <= len(ranked) < 40
+    for k in range(1, 41):
+        by_mean = set(ranked[np.argsort(-counts[:, ranked].mean(axis=0), kind="stable")[:k]])
+        both = by_mean & set(ranked[np.argsort(-counts[:, ranked].std(axis=0), kind="stable")[:k]])
+        names = {GENES[column] for column in both}
+        if len(names) >= 9:
+            assert set(chosen) <= names
+            assert len(names) <= 10  # the last step can add two
+            break
+
+
 @pytest.mark.parametrize("at_once", [512, 7])
 def test_svg_finds_the_planted_pattern_and_needs_a_graph(at_once, monkeypatch):
     monkeypatch.setattr("hespotex.data.panel._GENES_AT_ONCE", at_once)
@@ -94,7 +123,7 @@ def test_svg_finds_the_planted_pattern_and_needs_a_graph(at_once, monkeypatch):
     assert select_genes(adata, method="svg", n_top=2, copy=True) == ["G03", "G17"]
 
 
-@pytest.mark.parametrize("method", ["hvg", "high_mean", "most_variable"])
+@pytest.mark.parametrize("method", ["hvg", "high_mean", "most_variable", "variance", "high_mean_and_spread"])
 def test_panel_does_not_depend_on_order_of_sections_spots_or_genes(method):
     sections = [section(0), section(1)]
     expected = select_genes(sections, method=method, n_top=9, copy=True)

@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from ..errors import DataValueError
 
-__all__ = ["Lattice", "detect_lattice", "lay_lattice", "spot_pitch", "visium_pitch"]
+__all__ = ["Lattice", "detect_lattice", "lattice_angle", "lay_lattice", "spot_pitch", "visium_pitch"]
 
 # Measured positions of legacy arrays scatter by a few percent of the pitch; the next distance on a square
 # lattice is 1.41 pitches, so that a fifth separates the two safely.
@@ -62,6 +62,23 @@ def detect_lattice(coordinates: np.ndarray, region: np.ndarray | None = None) ->
     if max(square, hexagonal) < MIN_SHARE:
         return None
     return Lattice("square" if square >= hexagonal else "hex", pitch)
+
+
+def lattice_angle(coordinates: np.ndarray, lattice: Lattice) -> float:
+    """Direction of a neighbour on the `lattice` that the coordinates (n, 2) lie on, in radians.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> points = np.array([[0.0, 0], [3, 4], [-4, 3], [-1, 7]])
+    >>> angle = lattice_angle(points, Lattice("square", 5.0))
+    >>> (5 * np.array([np.cos(angle), np.sin(angle)])).round(6).tolist()
+    [4.0, -3.0]
+    """
+    step = _steps(np.asarray(coordinates, dtype=np.float64))
+    direct = step[_near(np.hypot(step[..., 0], step[..., 1]), lattice.pitch)]
+    folds = 4 if lattice.kind == "square" else 6
+    return float(np.angle(np.exp(1j * folds * np.arctan2(direct[:, 1], direct[:, 0])).mean()) / folds)
 
 
 def lay_lattice(shape: tuple[int, int], pitch: float, kind: Literal["square", "hex"]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,13 +20,15 @@ from .units import normalize_sparse
 
 __all__ = ["METHODS", "Method", "PanelSource", "choose_panel", "shared_genes"]
 
-Method = Literal["hvg", "high_mean", "most_variable", "svg"]
+Method = Literal["hvg", "high_mean", "most_variable", "variance", "high_mean_and_spread", "svg"]
 METHODS: Final[tuple[str, ...]] = get_args(Method)
 
 # HESpotEx drops genes seen in fewer than 1,000 spots, whatever the number of spots; on its ten sections of about
 # 4,200 spots that is this share. It does so only for panels asked for with fewer than 1,100 genes.
 PAPER_FRACTION: Final = 0.024
 PAPER_MAX_N_TOP: Final = 1100
+
+HISDIFF_VARIABLE: Final = 2000  # of each section, that HisDiff ranks by mean and spread
 
 _LOESS_GENES: Final = 3  # a parabola takes three points; with none, the installed loess takes the interpreter down
 _GENES_AT_ONCE: Final = 512
@@ -121,11 +123,11 @@ def choose_panel(
         # As published: first the union over sections, then the filter, so that it also thins a list taken whole.
         chosen = _highly_variable(sources, counts, n_top, span) & detected
     else:
-        score = np.where(
-            detected,
-            np.mean([_STATISTICS[method](*pair) for pair in zip(sources, counts, strict=True)], axis=0),
-            -np.inf,
-        )
+        if method == "high_mean_and_spread":
+            statistic = _worse_rank(sources, counts)
+        else:
+            statistic = np.mean([_STATISTICS[method](*pair) for pair in zip(sources, counts, strict=True)], axis=0)
+        score = np.where(detected, statistic, -np.inf)
         order = np.argsort(-score, kind="stable")[:n_top]  # genes are sorted: ties go to the earlier name
         chosen = np.zeros(len(genes), dtype=bool)
         chosen[order[np.isfinite(score[order])]] = True
@@ -183,6 +185,47 @@ def _highly_variable(
     return union
 
 
+def _worse_rank(sources: Sequence[PanelSource], counts: Sequence[sparse.csc_array]) -> np.ndarray:
+    """Minus the worse of a gene's two ranks, by mean and by spread of raw counts over all sections' spots.
+
+    The k best are then the intersection of two lists of the highest, which is how HisDiff and Stem put it. Ranked is
+    the union over sections of their highly variable genes (scanpy's ``seurat`` flavour), all others are left out.
+    """
+    candidates = _dispersed(sources, counts)
+    n = sum(matrix.shape[0] for matrix in counts)
+    means = sum(np.asarray(matrix.sum(axis=0, dtype=np.float64)).ravel() for matrix in counts) / n
+    squares = [np.asarray(matrix.astype(np.float64).power(2).sum(axis=0)).ravel() for matrix in counts]
+    variances = sum(squares) / n - means**2
+    ranks = np.zeros(len(means))
+    for values in (means, variances):
+        order = np.argsort(-np.where(candidates, np.round(values, 9), -np.inf), kind="stable")
+        ranks[order] = np.maximum(ranks[order], np.arange(len(order)))
+    return np.where(candidates, -ranks, -np.inf)
+
+
+def _dispersed(sources: Sequence[PanelSource], counts: Sequence[sparse.csc_array]) -> np.ndarray:
+    """Union over sections of the most dispersed genes of log-normalised counts."""
+    import pandas as pd
+    import scanpy as sc
+    from anndata import AnnData
+
+    n_genes = counts[0].shape[1]
+    if n_genes <= HISDIFF_VARIABLE:
+        return np.ones(n_genes, dtype=bool)
+    union = np.zeros(n_genes, dtype=bool)
+    names = pd.Index([str(column) for column in range(n_genes)])
+    for source, matrix in zip(sources, counts, strict=True):
+        assert source.total is not None
+        filled = np.asarray(source.total) > 0
+        values = sparse.csr_matrix(matrix).astype(np.float64)[filled]
+        total = np.asarray(source.total, dtype=np.float64)[filled]
+        values = sparse.csr_matrix(sparse.diags_array(np.median(total) / total) @ values)
+        section = AnnData(values.log1p(), var=pd.DataFrame(index=names))
+        found = sc.pp.highly_variable_genes(section, flavor="seurat", n_top_genes=HISDIFF_VARIABLE, inplace=False)
+        union |= found["highly_variable"].to_numpy(dtype=bool)
+    return union
+
+
 def _n_varying(counts: sparse.csc_array) -> int:
     """Number of genes that differ between spots; sums of whole numbers are exact."""
     values = counts.astype(np.float64)
@@ -202,9 +245,16 @@ def _means(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
 
 
 def _variances(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
+    return _variance_of_columns(_log_normalised(source, counts))
+
+
+def _raw_variances(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
+    return _variance_of_columns(counts.astype(np.float64))
+
+
+def _variance_of_columns(values: sparse.csc_array) -> np.ndarray:
     """Variance of each gene without ever making a dense matrix: stored values centred, the zeros counted."""
-    values = _log_normalised(source, counts)
-    n, mean = counts.shape[0], np.asarray(values.sum(axis=0)).ravel() / counts.shape[0]
+    n, mean = values.shape[0], np.asarray(values.sum(axis=0)).ravel() / values.shape[0]
     stored = np.diff(values.indptr)
     column = np.repeat(np.arange(values.shape[1]), stored)
     squares = np.bincount(column, weights=(values.data - mean[column]) ** 2, minlength=values.shape[1])
@@ -250,4 +300,9 @@ def _morans_i(source: PanelSource, counts: sparse.csc_array) -> np.ndarray:
     return result
 
 
-_STATISTICS: Final = {"high_mean": _means, "most_variable": _variances, "svg": _morans_i}
+_STATISTICS: Final = {
+    "high_mean": _means,
+    "most_variable": _variances,
+    "variance": _raw_variances,
+    "svg": _morans_i,
+}

@@ -7,14 +7,22 @@ need as well as whole ones.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
 
 from ..errors import DataValueError
 
-__all__ = ["aggregate", "disc_overlaps", "disc_shares", "inside_shares", "polygon_shares", "within_shares"]
+__all__ = [
+    "aggregate",
+    "disc_overlaps",
+    "disc_shares",
+    "inside_shares",
+    "polygon_shares",
+    "reallocate",
+    "within_shares",
+]
 
 _PAIRS_AT_ONCE = 500_000
 
@@ -51,6 +59,51 @@ def aggregate(
         raise DataValueError(f"how={how!r} is unknown; possible: 'sum', 'mean'")
     covered = np.asarray(share.sum(axis=1)).reshape(-1, 1)
     return np.divide(total, covered, out=np.full(total.shape, np.nan), where=covered > 0)
+
+
+def reallocate(share: sparse.csr_array, expected: np.ndarray, counts: np.ndarray | sparse.sparray) -> np.ndarray:
+    """Measured counts of observations, handed to their parts in proportion to what each was expected to add.
+
+    Of a count y with the expectation μ = Σ m λ, a part gets y · m λ / μ: its expected count once y is known. Nothing is
+    lost or made: what the parts of an observation get adds up to its counts.
+
+    Parameters
+    ----------
+    share
+        Observations × parts, (n, m).
+    expected
+        Expected values of whole parts, not negative, (m, G).
+    counts
+        Measured counts of the observations, (n, G).
+
+    Returns
+    -------
+    (m, G) float64: the counts of what lies under observations. A part under none gets nothing, one under several gets
+    from each. Where nothing was expected, counts go by the shares alone; those of observations without parts go nowhere.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> share = sparse.csr_array(np.array([[1.0, 1.0, 0.0]]))
+    >>> reallocate(share, np.array([[1.0], [3.0], [5.0]]), np.array([[8.0]])).ravel().tolist()
+    [2.0, 6.0, 0.0]
+    """
+    expected = np.asarray(expected, dtype=np.float64)
+    dense: Any = counts
+    measured = np.asarray(dense.toarray() if sparse.issparse(counts) else dense, dtype=np.float64)
+    if share.shape[0] != measured.shape[0] or measured.shape[1] != expected.shape[1]:
+        raise DataValueError(
+            f"counts has shape {measured.shape}, share and expected ask for {(share.shape[0], expected.shape[1])}"
+        )
+    if not (np.isfinite(expected).all() and (expected >= 0).all()):
+        raise DataValueError("expected holds values that are negative or not finite")
+    mu = aggregate(share, expected)
+    ratio = np.divide(measured, mu, out=np.zeros_like(mu), where=mu > 0)
+    allotted = expected * (share.T @ ratio)
+    size = np.asarray(share.sum(axis=1)).reshape(-1, 1)
+    unexpected = np.divide(measured, size, out=np.zeros_like(mu), where=(mu <= 0) & (size > 0))
+    return allotted + share.T @ unexpected
 
 
 def disc_shares(

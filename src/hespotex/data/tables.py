@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Which tables are meant when none is named: the measurement; else an embedding of tiles; never the rest.
-_RANKS = {"measured": 0, "embedding": 1, "nuclei": 2, "prediction": 2, "truth": 2}
+_RANKS = {"measured": 0, "embedding": 1, "nuclei": 2, "truth": 2, "prediction": 3}
 
 
 @dataclass(frozen=True, eq=False)

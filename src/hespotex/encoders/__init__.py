@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Encoder, EncoderInfo, TileEncoder
+from ._base import Encoder, EncoderInfo, PatchEncoder, TileEncoder
 from ._registry import available, create, register
 
-__all__ = ["Encoder", "EncoderInfo", "TileEncoder", "available", "create", "register"]
+__all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder", "available", "create", "register"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ..errors import DataValueError
 if TYPE_CHECKING:
     from ..data.geometry import Slide
 
-__all__ = ["Encoder", "EncoderInfo", "TileEncoder"]
+__all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class EncoderInfo:
     gated: bool = False
     extra: str = ""  # what to install: hespotex[<extra>]
     is_family: bool = False  # asked for as "<name>:<architecture>"
+    argument: str = "architecture"  # of the family: what stands behind the colon
 
 
 class Encoder(ABC):
@@ -69,6 +71,12 @@ class Encoder(ABC):
         `centres` are (x, y) in pixels of the slide's level 0, (n, 2).
         """
 
+    def resized(self, factor: float) -> Encoder:
+        """The same encoder for tiles `factor` times as wide."""
+        from ._registry import create
+
+        return create(**{**self.params(), "tile_um": factor * self.tile_um})
+
 
 class TileEncoder(Encoder):
     """An encoder that looks at one tile at a time, such as a neural network.
@@ -97,6 +105,12 @@ class TileEncoder(Encoder):
             raise DataValueError(f"tile_um={tile_um!r}, mpp={mpp!r}: sizes must be positive")
         self.mpp = self.tile_um / self.tile_px
 
+    def resized(self, factor: float) -> Self:
+        """The same encoder for tiles `factor` times as wide, seen at a coarser resolution; both share one network."""
+        other = copy.copy(self)
+        other.set_size(factor * self.tile_um, None, default_um=self.tile_um)
+        return other
+
     @abstractmethod
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
@@ -117,3 +131,17 @@ class TileEncoder(Encoder):
         size: dict[str, Any] = {"tile_um": self.tile_um, "tile_px": self.tile_px}
         for batch in iter_tiles(slide, centres, **size, batch_size=batch_size, progress_bar=progress_bar):
             yield batch.rows, batch.pixels
+
+
+class PatchEncoder(TileEncoder):
+    """A tile encoder whose network describes the patches of a tile, too."""
+
+    @abstractmethod
+    def encode_patches(self, tiles: np.ndarray, device: str) -> np.ndarray:
+        """Features (b, rows, columns, d) float32 of the patches of RGB tiles (b, tile_px, tile_px, 3) uint8.
+
+        Raises
+        ------
+        DataValueError
+            If the network has no features by patch.
+        """

@@ -21,6 +21,11 @@ _BUILTIN = {
     "quiltnet": ("hespotex.encoders.open_clip", "QuiltNet"),
     "open_clip": ("hespotex.encoders.open_clip", "OpenClipEncoder"),
     "timm": ("hespotex.encoders.timm", "TimmEncoder"),
+    "hipt": ("hespotex.encoders.hipt", "HIPT"),
+    "rgb": ("hespotex.encoders.rgb", "MeanColour"),
+    "crops": ("hespotex.encoders.crops", "Crops"),
+    "dense": ("hespotex.encoders.dense", "Dense"),
+    "pyramid": ("hespotex.encoders.pyramid", "Pyramid"),
 }
 _REGISTERED: dict[str, type[Encoder]] = {}
 
@@ -60,7 +65,7 @@ def get(name: str) -> type[Encoder]:
             raise DataValueError(f"encoder={name!r} is unknown; {hint}there are {', '.join(map(repr, _known()))}")
     encoder = _REGISTERED[family]
     if encoder.info.is_family != bool(architecture):
-        form = f"{family}:<architecture>" if encoder.info.is_family else family
+        form = f"{family}:<{encoder.info.argument}>" if encoder.info.is_family else family
         raise DataValueError(f"encoder={name!r} must be written {form!r}")
     return encoder
 
@@ -71,7 +76,8 @@ def create(name: str, **params: Any) -> Encoder:
     Parameters
     ----------
     name
-        Name in the registry, or ``"timm:<architecture>"`` and ``"open_clip:<architecture>"``.
+        Name in the registry; for families with what follows the colon: ``"timm:<architecture>"``,
+        ``"open_clip:<architecture>"``, ``"dense:<encoder>"``, ``"pyramid:<encoder>"``.
     params
         Options of the encoder; ``create(**encoder.params())`` makes an equal one, given ``weights=`` if
         it has any that are not found by themselves.
@@ -86,7 +92,7 @@ def create(name: str, **params: Any) -> Encoder:
     kind = get(name)
     architecture = name.partition(":")[2]
     if architecture:
-        params = {"architecture": architecture, **params}
+        params = {kind.info.argument: architecture, **params}
     try:
         return kind(**params)
     except TypeError as error:
@@ -120,7 +126,7 @@ def available() -> pd.DataFrame:
         }
         for info in infos
     ]
-    labels = [f"{info.name}:<architecture>" if info.is_family else info.name for info in infos]
+    labels = [f"{info.name}:<{info.argument}>" if info.is_family else info.name for info in infos]
     table = pd.DataFrame(rows, index=pd.Index(labels, name="encoder"))
     return table.astype({"n_features": "Int64"})
 

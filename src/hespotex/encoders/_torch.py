@@ -45,8 +45,17 @@ class TileNetwork:
         self._mean, self._std = (None if value is None else torch.tensor(value).view(3, 1, 1) for value in (mean, std))
         self._device: torch.device | None = None
 
-    def __call__(self, tiles: np.ndarray, device: str, after: Callable[[Any], Any] | None = None) -> np.ndarray:
-        """Features (b, n_features) float32 of RGB tiles (b, h, w, 3) uint8."""
+    def __call__(
+        self,
+        tiles: np.ndarray,
+        device: str,
+        after: Callable[[Any], Any] | None = None,
+        forward: Callable[[Any], Any] | None = None,
+    ) -> np.ndarray:
+        """Features (b, n_features) float32 of RGB tiles (b, h, w, 3) uint8.
+
+        `forward` is what to call in place of the network itself, such as a method of it that stops earlier.
+        """
         import torch
 
         from .._device import resolve_device
@@ -60,5 +69,5 @@ class TileNetwork:
             x = torch.from_numpy(np.ascontiguousarray(tiles)).to(target).permute(0, 3, 1, 2).float()
             if self._mean is not None and self._std is not None:
                 x = (x / 255 - self._mean.to(target)) / self._std.to(target)
-            features = self._network(x.to(self._dtype)).float()
+            features = (forward or self._network)(x.to(self._dtype)).float()
             return (after(features) if after else features).cpu().numpy()

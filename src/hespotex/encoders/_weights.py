@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,8 +64,10 @@ def _hash(path: Path, size: int, mtime_ns: int) -> str:  # size and time are the
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path, wrappers: Sequence[str] = ("state_dict", "model")) -> dict[str, torch.Tensor]:
     """Tensors of a ``.safetensors`` file or a PyTorch checkpoint; the latter is unpickled as data only.
+
+    Checkpoints of whole trainings hold them under one of the names `wrappers`.
 
     Raises
     ------
@@ -92,7 +94,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         *(LookupError, TypeError, AttributeError, struct.error),
     ) as error:
         raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in wrappers:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -148,6 +148,10 @@ class Morphology(Encoder):
             "version": VERSION,
         }
 
+    def resized(self, factor: float) -> Morphology:
+        """The same encoder for tiles `factor` times as wide, with as much more context."""
+        return Morphology(tile_um=factor * self.tile_um, context_um=factor * self.context_um, mpp=self.mpp)
+
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._optional import optional_import
 from ..errors import DataValueError, HespotexWarning, MissingWeightsError
-from ._base import EncoderInfo, TileEncoder
+from ._base import EncoderInfo, PatchEncoder
 from ._torch import TileNetwork
 from ._weights import identify, load_into, read_state_dict, recall
 
@@ -25,7 +25,7 @@ _HUB = "hf-hub:"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # preferred first: it can hold no code
 
 
-class OpenClipEncoder(TileEncoder):
+class OpenClipEncoder(PatchEncoder):
     """The image tower of an open_clip model; its text tower is not loaded.
 
     Parameters
@@ -121,6 +121,7 @@ class OpenClipEncoder(TileEncoder):
         self.n_features = int(tower.output_dim)
         self.set_size(tile_um, mpp, default_um=self.default_um or 0.5 * self.tile_px)
         mean, std = (None, None) if raw_pixels else (_own(tower, "mean"), _own(tower, "std"))
+        self._tower = tower
         self._network = TileNetwork(tower, mean, std, dtype)
 
     def params(self) -> dict[str, Any]:
@@ -140,6 +141,34 @@ class OpenClipEncoder(TileEncoder):
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
         return self._network(tiles, device, after=_unit_length if self._normalize else None)
+
+    def encode_patches(self, tiles: np.ndarray, device: str) -> np.ndarray:
+        """Patch tokens (b, rows, columns, d) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8.
+
+        They have the width of the tower: the projection to text is trained on the class token alone.
+
+        Raises
+        ------
+        DataValueError
+            If the tower is no plain vision transformer.
+        """
+        after = _unit_length if self._normalize else None
+        if getattr(self._tower, "output_tokens", None) is not None and self._tower.attn_pool is None:
+            tokens = self._network(tiles, device, after=after, forward=self._tokens)
+            rows, columns = self._tower.grid_size
+            if tokens.shape[1] == rows * columns:
+                return tokens.reshape(len(tokens), rows, columns, -1)
+        raise DataValueError(
+            f"encoder {self.name!r} has no patch tokens: its image tower is no plain vision transformer"
+        )
+
+    def _tokens(self, x: Any) -> Any:
+        before = self._tower.output_tokens
+        self._tower.output_tokens = True
+        try:
+            return self._tower(x)[1]
+        finally:
+            self._tower.output_tokens = before
 
     def _tiles(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, progress_bar: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 
 from .._optional import optional_import
 from ..errors import DataValueError, MissingWeightsError
-from ._base import EncoderInfo, TileEncoder
+from ._base import EncoderInfo, PatchEncoder
 from ._torch import TileNetwork
 from ._weights import identify, load_into, read_state_dict, recall
 
 __all__ = ["TimmEncoder"]
 
 
-class TimmEncoder(TileEncoder):
+class TimmEncoder(PatchEncoder):
     """A timm network without its classifier.
 
     Parameters
@@ -112,6 +113,7 @@ class TimmEncoder(TileEncoder):
         self._pad_type, self._dtype = pad_type, dtype
         self.n_features = int(model.num_features)
         self.set_size(tile_um, mpp, default_um=0.5 * self.tile_px)
+        self._model = model
         self._network = TileNetwork(model, self._mean, self._std, dtype)
 
     def params(self) -> dict[str, Any]:
@@ -131,6 +133,29 @@ class TimmEncoder(TileEncoder):
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
         return self._network(tiles, device)
+
+    def encode_patches(self, tiles: np.ndarray, device: str) -> np.ndarray:
+        """Tokens of a transformer without those of class and registers, or the last map of a convolutional network.
+
+        (b, rows, columns, d) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8.
+
+        Raises
+        ------
+        DataValueError
+            If the network's last features are neither.
+        """
+        features = self._network(tiles, device, forward=self._model.forward_features)
+        if features.ndim == 3:
+            tokens = features[:, getattr(self._model, "num_prefix_tokens", 0) :]
+            side = math.isqrt(tokens.shape[1])
+            if side**2 == tokens.shape[1]:
+                return tokens.reshape(len(tokens), side, side, -1)
+        elif features.ndim == 4:
+            return features if features.shape[-1] == self.n_features else np.moveaxis(features, 1, -1)
+        raise DataValueError(
+            f"encoder {self.name!r} gives features of shape {features.shape[1:]} before pooling, which are no square of "
+            f"patches; take a vision transformer, such as 'timm:vit_small_patch16_224'"
+        )
 
 
 def _classifier(model: Any) -> set[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ._densify import densify
 from ._detect_tissue import detect_tissue
 from ._embed import embed
+from ._embed_nuclei import embed_nuclei
 from ._make_tiles import make_tiles
 from ._normalize_counts import normalize_counts
 from ._segment_nuclei import segment_nuclei
@@ -13,8 +15,10 @@ from ._spatial_graph import spatial_graph
 from ._superpixels import superpixels
 
 __all__ = [
+    "densify",
     "detect_tissue",
     "embed",
+    "embed_nuclei",
     "make_tiles",
     "normalize_counts",
     "segment_nuclei",

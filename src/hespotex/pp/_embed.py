@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["embed"]
+__all__ = ["Place", "embed", "embed_places", "new_table", "resolve_encoder", "resolve_places"]
 
 
 def embed(
@@ -126,30 +126,72 @@ def embed(
     """
     if batch_size is not None and batch_size < 1:
         raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
-    encoder = _resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
+    encoder = resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
     table = _resolve_table(sdata, shapes_key, table_key)
+    return embed_places(
+        sdata,
+        table,
+        resolve_places(sdata, table, image_key),
+        encoder,
+        batch_size=batch_size,
+        device=device,
+        key_added=key_added,
+        copy=copy,
+        progress_bar=progress_bar,
+    )
+
+
+def embed_places(
+    sdata: SpatialData,
+    table: AnnotatedTable,
+    places: list[Place],
+    encoder: Encoder,
+    *,
+    batch_size: int | None,
+    device: str | None,
+    key_added: str | None,
+    copy: bool,
+    progress_bar: bool | None,
+    name: str | None = None,
+    depends_on: tuple[Any, ...] = (),
+) -> np.ndarray | None:
+    """Embed the rows of a table, as :func:`embed` does.
+
+    Parameters
+    ----------
+    sdata, encoder, batch_size, device, key_added, copy, progress_bar
+        As in :func:`embed`.
+    table
+        The table to write to.
+    places
+        All its rows, by region.
+    name
+        Name of the table if it is new; by default that of encoder and shapes.
+    depends_on
+        What else determines the features, besides encoder, pixels and places.
+    """
     key = Keys.embedding(encoder.name) if key_added is None else key_added
     check_key(key)
-    places = _places(sdata, table, image_key)
-    identity = _identity(encoder, places)
+    identity = _identity(encoder, places, depends_on)
 
     features = _stored(table.adata, key, identity)
     if features is not None:
         logger.info("embed: obsm[%r] is there already, made with the same parameters", key)
         return np.array(features) if copy else None
+    name = table.key or name or Keys.embedding_table(encoder.name, table.regions[0])
     if not copy:
-        _check_free(sdata, table, key, encoder)
+        _check_free(sdata, table, key, name)
     partial = PartialRows(identity, (table.adata.n_obs, encoder.n_features))
     features = _compute(encoder, places, partial, batch_size, device, progress_bar=progress_bar)
     if copy:
         return features
     padded = _padded(encoder, places, table.adata.n_obs)
-    _write(sdata, table, key, features, padded, encoder, places, identity)
+    _write(sdata, table, name, key, features, padded, encoder, places, identity)
     return None
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class Place:
     """Rows of a table, where they lie, and on which slide."""
 
     shapes_key: str
@@ -158,7 +200,8 @@ class _Place:
     centres: np.ndarray
 
 
-def _resolve_encoder(encoder: str | Encoder, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
+def resolve_encoder(encoder: str | Encoder, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
+    """The encoder that is meant, made if only its name is given."""
     sizes = {"mpp": mpp, "tile_um": tile_um}
     options |= {name: value for name, value in sizes.items() if value is not None}
     if isinstance(encoder, str):
@@ -190,12 +233,19 @@ def _resolve_table(sdata: SpatialData, shapes_key: str | None, table_key: str | 
     except AmbiguousKeyError:
         raise
     except MissingKeyError:
-        return _new_table(sdata, shapes_key)
+        return new_table(sdata, shapes_key)
     # A prediction for tiles is a result, not the place where its own input is kept.
-    return _new_table(sdata, shapes_key) if table_role(table.key or "", table.adata) == "prediction" else table
+    return new_table(sdata, shapes_key) if table_role(table.key or "", table.adata) == "prediction" else table
 
 
-def _new_table(sdata: SpatialData, shapes_key: str) -> AnnotatedTable:
+def new_table(
+    sdata: SpatialData,
+    shapes_key: str,
+    *,
+    role: Literal["embedding", "nuclei"] = "embedding",
+    columns: Mapping[str, np.ndarray] | None = None,
+) -> AnnotatedTable:
+    """A table of the shapes that is not in the object yet; `columns` are values by name of the variable."""
     import pandas as pd
     from anndata import AnnData
     from spatialdata.models import TableModel
@@ -203,17 +253,18 @@ def _new_table(sdata: SpatialData, shapes_key: str) -> AnnotatedTable:
     ids = sdata.shapes[shapes_key].index
     if len(ids) == 0:
         raise DataValueError(f"shapes {shapes_key!r} are empty")
-    instance_key = Keys.TILE_ID if shapes_key == Keys.TILES else Keys.INSTANCE
+    instance_key = Keys.NUCLEUS_ID if role == "nuclei" else Keys.TILE_ID if shapes_key == Keys.TILES else Keys.INSTANCE
     obs = pd.DataFrame(
         {Keys.REGION: pd.Categorical([shapes_key] * len(ids)), instance_key: ids.to_numpy()}, index=ids.astype(str)
     )
+    values = np.zeros((len(ids), 0)) if columns is None else np.column_stack(list(columns.values()))
     adata = TableModel.parse(
-        AnnData(np.zeros((len(ids), 0), dtype=np.float32), obs=obs),
+        AnnData(values.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(list(columns or ()), dtype=str))),
         region=shapes_key,
         region_key=Keys.REGION,
         instance_key=instance_key,
     )
-    mark_table(adata, "embedding")
+    mark_table(adata, role)
     return AnnotatedTable(
         adata=adata,
         key=None,
@@ -223,17 +274,18 @@ def _new_table(sdata: SpatialData, shapes_key: str) -> AnnotatedTable:
     )
 
 
-def _places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None) -> list[_Place]:
+def resolve_places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None) -> list[Place]:
+    """Where the rows of the table lie, region by region."""
     places = []
     for name, slide in resolve_slides(sdata, table, image_key).items():
         rows, positions = row_positions(sdata, table, name)
         centres = shape_centres(sdata, name, slide)[positions]
         check_on_image(slide, centres, f"shapes of {name!r}")
-        places.append(_Place(name, slide, rows, centres))
+        places.append(Place(name, slide, rows, centres))
     return places
 
 
-def _identity(encoder: Encoder, places: list[_Place]) -> str:
+def _identity(encoder: Encoder, places: list[Place], depends_on: tuple[Any, ...]) -> str:
     """Equal if and only if the same features would come out."""
     return digest(
         encoder.params(),
@@ -243,6 +295,7 @@ def _identity(encoder: Encoder, places: list[_Place]) -> str:
             for value in (fingerprint(place.slide, place.centres), place.slide.mpp, place.rows)
         ),
         *(place.centres for place in places),
+        *depends_on,
     )
 
 
@@ -255,7 +308,7 @@ def _stored(adata: AnnData, key: str, identity: str) -> np.ndarray | None:
 
 def _compute(
     encoder: Encoder,
-    places: list[_Place],
+    places: list[Place],
     partial: PartialRows,
     batch_size: int | None,
     device: str | None,
@@ -287,7 +340,7 @@ def _compute(
     return features
 
 
-def _padded(encoder: Encoder, places: list[_Place], n_obs: int) -> np.ndarray:
+def _padded(encoder: Encoder, places: list[Place], n_obs: int) -> np.ndarray:
     padded = np.zeros(n_obs, dtype=bool)
     for place in places:
         half = encoder.tile_um / 2 / place.slide.mpp
@@ -302,15 +355,14 @@ def _padded_key(key: str) -> str:
     return Keys.padded(key.removeprefix("X_"))
 
 
-def _check_free(sdata: SpatialData, table: AnnotatedTable, key: str, encoder: Encoder) -> None:
+def _check_free(sdata: SpatialData, table: AnnotatedTable, key: str, name: str) -> None:
     check_slot_free(table.adata, "obsm", key, maker="embed")
     check_slot_free(table.adata, "obs", _padded_key(key), maker="embed", note=key)
     if table.key is None:
-        name = Keys.embedding_table(encoder.name, table.regions[0])
         check_elements_free(sdata, {name: "tables"}, key_added=name, maker="embed", is_ours=lambda _: False)
 
 
-def _spot_radius(sdata: SpatialData, places: list[_Place]) -> float | None:
+def _spot_radius(sdata: SpatialData, places: list[Place]) -> float | None:
     """Median over the regions, for laying tiles of the same size on other slides; points have none."""
     try:
         return float(np.median([shape_radius(sdata, place.shapes_key, place.slide) for place in places]))
@@ -321,14 +373,15 @@ def _spot_radius(sdata: SpatialData, places: list[_Place]) -> float | None:
 def _write(
     sdata: SpatialData,
     table: AnnotatedTable,
+    name: str,
     key: str,
     features: np.ndarray,
     padded: np.ndarray,
     encoder: Encoder,
-    places: list[_Place],
+    places: list[Place],
     identity: str,
 ) -> None:
-    adata, where = table.adata, table.key
+    adata = table.adata
     with restored_on_error(sdata):
         adata.obsm[key] = features
         adata.obs[_padded_key(key)] = padded
@@ -344,10 +397,9 @@ def _write(
             spot_radius_um=_spot_radius(sdata, places),
             identity=identity,
         )
-        if where is None:
-            where = Keys.embedding_table(encoder.name, table.regions[0])
-            sdata[where] = adata
+        if table.key is None:
+            sdata[name] = adata
     logger.info(
         "embed: %d × %d features; wrote obsm[%r] of table %r%s",
-        *(*features.shape, key, where, f", {int(padded.sum())} tiles padded" if padded.any() else ""),
+        *(*features.shape, key, name, f", {int(padded.sum())} tiles padded" if padded.any() else ""),
     )

@@ -223,7 +223,7 @@ class _Names:
 
     @property
     def table(self) -> str:
-        return Keys.NUCLEI_TABLE if self.shapes == Keys.NUCLEI else Keys.derived(self.shapes, "features")
+        return Keys.nuclei_table(self.shapes)
 
     def check_free(self, sdata: SpatialData) -> None:
         """Raise if writing would replace anything that an earlier call has not made."""

@@ -56,6 +56,12 @@ def select_genes(
             the `n_top` genes with the highest mean over sections of log1p CP10k;
         ``"most_variable"``
             the `n_top` genes with the highest mean variance within sections of log1p CP10k;
+        ``"variance"``
+            the same of raw counts, which favours highly expressed genes, as in iStar;
+        ``"high_mean_and_spread"``
+            the `n_top` genes that stand highest both by mean and by standard deviation of raw counts over all spots (the
+            smallest intersection of the two lists), among the union over sections of 2,000 highly variable genes
+            (scanpy's ``seurat``), as in HisDiff and Stem;
         ``"svg"``
             the `n_top` genes with the highest mean Moran's I of log1p CP10k, by squidpy on the graph of
             :func:`hespotex.pp.spatial_graph`.

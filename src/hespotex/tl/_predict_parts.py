@@ -143,7 +143,9 @@ def _prepare(
         options = dict(recipe.encoder)
         if weights is not None:
             options["weights"] = weights
-        pp.embed(sdata, options.pop("name"), key_added=recipe.embedding_key, **shared, **options)
+        name = options.pop("name")
+        embed = pp.embed_nuclei if recipe.parts.get("level") == "nucleus" else pp.embed
+        embed(sdata, name, key_added=recipe.embedding_key, **shared, **options)
 
 
 def _lay(sdata: SpatialData, recipe: Recipe, parts_key: str, image_key: str, *, progress_bar: bool | None) -> None:

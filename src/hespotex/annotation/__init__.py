@@ -1,0 +1,1 @@
+"""Regions and labels from expression on a fine grid: pure functions on arrays."""
