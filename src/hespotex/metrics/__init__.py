@@ -19,6 +19,7 @@ from ._nulls import (
     null_sibling_mean,
     null_train_mean,
 )
+from ._raster import raster_rmse, raster_ssim
 from ._score import DEFAULT_METRICS, METRICS, score
 from ._spread import clipped_fraction, is_oversmoothed, relative_variance_distance, variance_ratio
 from ._ssim import Windows, lattice_windows, ssim
@@ -52,6 +53,8 @@ __all__ = [
     "paired_difference",
     "pearson",
     "r2",
+    "raster_rmse",
+    "raster_ssim",
     "relative_variance_distance",
     "resample_interval",
     "rmse",
