@@ -162,7 +162,9 @@ def test_tls_score_needs_several_kinds_in_one_place(sdata):
         hx.tl.tls_score(sdata, MARKERS, num_required=4, key_added="again")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # of squidpy, where a type is absent
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in divide:RuntimeWarning"
+)  # of squidpy, where a type is absent
 def test_squidpy_takes_fine_tables_as_they_are(sdata):
     import squidpy as sq
 

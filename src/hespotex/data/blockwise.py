@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -87,7 +88,11 @@ class TableStore:
         assert self._staging is not None
         try:
             if kind is None:
-                zarr.consolidate_metadata(self._staging / "store")
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy")
+                    zarr.consolidate_metadata(
+                        self._staging / "store"
+                    )  # shapes are parquet, of which zarr knows nothing
                 (self._staging / "store").rename(self._path)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)

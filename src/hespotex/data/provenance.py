@@ -31,10 +31,10 @@ def to_uns(value: Any) -> Any:
     DataTypeError
         Naming the type that cannot be stored.
     """
+    if isinstance(value, np.generic):  # before the next line, as NumPy's strings are strings, too
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, np.ndarray):
         return value.astype(str).tolist() if value.dtype.kind in "OU" and value.ndim == 1 else value
     if isinstance(value, Mapping):
