@@ -83,7 +83,7 @@ class TableStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import zarr
+        import zarr.errors
 
         assert self._staging is not None
         try:
