@@ -89,10 +89,9 @@ class TableStore:
         try:
             if kind is None:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy")
-                    zarr.consolidate_metadata(
-                        self._staging / "store"
-                    )  # shapes are parquet, of which zarr knows nothing
+                    # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
+                    warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+                    zarr.consolidate_metadata(self._staging / "store")
                 (self._staging / "store").rename(self._path)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
