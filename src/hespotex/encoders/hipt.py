@@ -177,8 +177,8 @@ class HIPT(Encoder):
     colour. Superpixels are counted from the image's first pixel. The slide is streamed in windows of 16 × 16 patches;
     the cost grows with the area of the windows that hold places.
 
-    The weights may not be passed on: get ``vit256_small_dino.pth`` and ``vit4k_xs_dino.pth`` of HIPT yourself, mind their
-    licence, and name the folder.
+    The weights may not be passed on: get those of both transformers from the authors of HIPT, mind their licence, and
+    name the folder.
 
     Parameters
     ----------
@@ -194,9 +194,9 @@ class HIPT(Encoder):
         Grids of patches per axis, each shifted by a part of a patch, whose features are averaged: 4 gives the 16 of
         iStar, at as many times the cost.
     global_attention
-        Let the upper transformer attend to the whole slide at once, as iStar does, and not to windows of the size it was
-        trained on. All of the slide is then read, blank glass included, memory grows with the square of the area, and
-        features depend on the size of the slide.
+        Let the upper transformer attend to the whole slide at once, as iStar does, and not to windows of the size it
+        was trained on. All of the slide is then read, blank glass included; memory grows with the square of its area,
+        on which the features depend, too.
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     weights_name, weights_sha256
@@ -239,7 +239,7 @@ class HIPT(Encoder):
     ) -> None:
         if mpp is not None and tile_um is not None and abs(tile_um / (mpp * SIDE) - 1) > 1e-6:
             raise DataValueError(
-                f"tile_um={tile_um!r} and mpp={mpp!r} contradict each other: a superpixel has {SIDE} px; give one of them"
+                f"tile_um={tile_um!r} and mpp={mpp!r} contradict each other: superpixels have {SIDE} px; give one"
             )
         self.tile_um = float(tile_um if tile_um is not None else SIDE * (0.5 if mpp is None else mpp))
         if not (np.isfinite(self.tile_um) and self.tile_um > 0):
@@ -384,7 +384,7 @@ def _find(weights: str | Path | Mapping[str, str | Path] | None, expected: Mappi
     paths = {name: path for name, path in known.items() if path is not None}
     if len(paths) < len(_NAMES):
         raise MissingWeightsError(
-            "encoder 'hipt' needs the weights of its two transformers, which hespotex may not pass on; pass their folder: "
+            "encoder 'hipt' needs weights of two transformers, which hespotex may not pass on; give their folder: "
             "hx.pp.embed(sdata, 'hipt', weights='folder')"
             + (f" (files with SHA-256 {', '.join(expected.values())})" if expected else "")
         )
@@ -396,7 +396,7 @@ def _file(folder: Path, name: str) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise MissingWeightsError(
-            f"weights={str(folder)!r} must hold one file that begins with {name!r} ({', '.join(_SUFFIXES)}), found {names}"
+            f"weights={str(folder)!r} must hold one file that begins with {name!r} ({'/'.join(_SUFFIXES)}), has {names}"
         )
     return found[0]
 
@@ -430,6 +430,6 @@ def _check_attention(shape: tuple[int, ...]) -> None:
     gigabytes = HEADS * tokens**2 * 4 / 1e9
     if gigabytes > MAX_ATTENTION_GB:
         raise DataValueError(
-            f"global_attention=True: {tokens} patches of the slide at once take {gigabytes:.1f} GB per layer, more than "
+            f"global_attention=True: {tokens} patches of the slide at once take {gigabytes:.1f} GB a layer, more than "
             f"{MAX_ATTENTION_GB:g}; use the windows of the default, global_attention=False"
         )

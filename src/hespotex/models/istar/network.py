@@ -1,0 +1,91 @@
+"""The network from the features of a part to its expression, and what its sums over spots are measured by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PartNetwork", "nb_loss", "poisson_loss", "positive"]
+
+_FLOOR = 0.01
+_TINY = 1e-8
+
+
+def positive(x: Tensor) -> Tensor:
+    """ELU with α = 0.01, plus 0.01: 0 at −∞, 0.01 at 0, x + 0.01 above."""
+    return functional.elu(x, alpha=_FLOOR) + _FLOOR
+
+
+class PartNetwork(nn.Module):
+    """Hidden layers with LeakyReLU(0.1), then one positive output per gene.
+
+    Parameters
+    ----------
+    n_features, n_genes
+        Width of input and output.
+    width, n_layers
+        Of the hidden layers.
+    level
+        Bias of the outputs at the start.
+    dispersion
+        Whether to hold a dispersion per gene for the negative binomial, which the forward pass does not use.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_genes: int,
+        *,
+        width: int = 256,
+        n_layers: int = 4,
+        level: float | None = None,
+        dispersion: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [n_features, *[width] * n_layers]
+        self.latent = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.output = nn.Linear(width, n_genes)
+        if level is not None:
+            nn.init.constant_(self.output.bias, level)
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes)) if dispersion else None
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The last hidden layer, (k, width)."""
+        for layer in self.latent:
+            x = functional.leaky_relu(layer(x), 0.1)
+        return x
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Expression in units of each gene's scale, (k, G)."""
+        return positive(self.output(latent))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Expression in units of each gene's scale, (k, G), of parts with features (k, d)."""
+        return self.decode(self.embed(x))
+
+
+def poisson_loss(expected: Tensor, counts: Tensor) -> Tensor:
+    """Half the mean Poisson deviance of `counts` from `expected`, both (n, G)."""
+    expected = expected + _TINY
+    return (expected - counts + torch.xlogy(counts, counts) - counts * torch.log(expected)).mean()
+
+
+def nb_loss(expected: Tensor, counts: Tensor, log_dispersion: Tensor) -> Tensor:
+    """Mean negative log-likelihood of `counts` (n, G) for variance μ + φ·μ², φ = exp(`log_dispersion`) (G,)."""
+    expected = expected + _TINY
+    inverse = torch.exp(-log_dispersion)
+    log_total = torch.log(expected + inverse)
+    likelihood = (
+        torch.lgamma(counts + inverse)
+        - torch.lgamma(inverse)
+        - torch.lgamma(counts + 1)
+        + inverse * (-log_dispersion - log_total)
+        + counts * (torch.log(expected) - log_total)
+    )
+    return -likelihood.mean()
