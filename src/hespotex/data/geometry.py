@@ -190,12 +190,18 @@ def shape_centres(sdata: SpatialData, shapes_key: str, slide: Slide) -> np.ndarr
 
 def shape_geometries(sdata: SpatialData, shapes_key: str, slide: Slide) -> GeoSeries:
     """Outlines of the shapes in level-0 pixels of `slide`; circles become polygons."""
+    import shapely
+
     shapes = _shapes(sdata, shapes_key)
     geometry = shapes.geometry
     if "radius" in shapes and (geometry.geom_type == "Point").all():
         geometry = geometry.buffer(shapes["radius"])
     matrix = _to_pixels(sdata, shapes_key, slide.key)
-    return geometry.affine_transform([*matrix[0, :2], *matrix[1, :2], matrix[0, 2], matrix[1, 2]])
+    if np.allclose(matrix, np.eye(3), rtol=0, atol=1e-12):
+        return geometry
+    # geopandas maps one geometry at a time, which for a fine grid takes most of a minute.
+    mapped = shapely.transform(geometry.to_numpy(), lambda xy: _apply(matrix, xy))
+    return type(geometry)(mapped, index=geometry.index)
 
 
 def shape_radius(sdata: SpatialData, shapes_key: str, slide: Slide) -> float:
