@@ -59,7 +59,9 @@ def test_positions_lie_on_the_denser_lattice(make_spots, kind, layout, wanted, p
     assert dense["distance_um"][n:].min() >= 14.9
     assert dense["distance_um"].max() < 30 * 0.71
     parents = sdata["spots"].loc[dense["parent"]].geometry.centroid
-    reach = np.hypot(parents.x.to_numpy() - dense.geometry.x.to_numpy(), parents.y.to_numpy() - dense.geometry.y.to_numpy())
+    reach = np.hypot(
+        parents.x.to_numpy() - dense.geometry.x.to_numpy(), parents.y.to_numpy() - dense.geometry.y.to_numpy()
+    )
     np.testing.assert_allclose(reach * 0.5, dense["distance_um"])
     assert shape_radius(sdata, "dense_spots", slide) == pytest.approx(7.5)
     assert set(get_transformation(dense, get_all=True)) == set(get_transformation(sdata["image"], get_all=True))
@@ -90,7 +92,9 @@ def test_new_positions_lie_in_tissue(make_spots, layout):
 def test_random_positions(make_spots):
     sdata = make_spots()
     first = hx.pp.densify(sdata, "random", expand=3, max_distance_um=12, seed=1, copy=True)
-    assert first.geometry.equals(hx.pp.densify(sdata, "random", expand=3, max_distance_um=12, seed=1, copy=True).geometry)
+    assert first.geometry.equals(
+        hx.pp.densify(sdata, "random", expand=3, max_distance_um=12, seed=1, copy=True).geometry
+    )
     assert not first.geometry.equals(
         hx.pp.densify(sdata, "random", expand=3, max_distance_um=12, seed=2, copy=True).geometry
     )

@@ -193,6 +193,10 @@ class Model(ABC, Generic[Config]):
                 "'both' in hx.models.available()"
             )
 
+    def _number_of(self, section: Section) -> int:
+        """Which of the sections that an in-sample method was fitted on `section` is."""
+        return self.fitted_on.index(_mark(section))
+
     def __repr__(self) -> str:
         fitted = f"{len(self.genes)} genes, unit {self.unit!r}" if self.is_fitted else "not fitted"
         return f"{type(self).__name__}({fitted})"

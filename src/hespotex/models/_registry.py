@@ -18,10 +18,20 @@ __all__ = ["available", "create", "get", "register"]
 # Module of each built-in model, imported when first asked for: the heavy ones load torch.
 _BUILTIN = {
     "hespotex": "hespotex.models.hespotex",
+    "histex": "hespotex.models.histex",
+    "hisdiff": "hespotex.models.hisdiff",
+    "bleep": "hespotex.models.bleep",
+    "istar": "hespotex.models.istar",
     "ridge": "hespotex.models.ridge",
+    "ridge_parts": "hespotex.models.ridge_parts",
+    "stage": "hespotex.models.stage",
     "mlp": "hespotex.models.mlp",
     "knn": "hespotex.models.knn",
     "mean": "hespotex.models.mean",
+    "xfuse": "hespotex.models.xfuse",
+    "stand": "hespotex.models.stand",
+    "tesla": "hespotex.models.tesla",
+    "interpolate": "hespotex.models.interpolate",
 }
 _REGISTERED: dict[str, type[Model]] = {}
 

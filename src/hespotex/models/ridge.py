@@ -18,6 +18,7 @@ from ..data.section import Prediction, Section
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
 from ._inner import Scaler, gene_correlation, inner_folds, of_shape, read_features, row_blocks
+from ._moments import Moments, Spectrum, decompose, nan_mean, solve
 from ._registry import register
 
 __all__ = ["Ridge", "RidgeConfig"]
@@ -80,31 +81,6 @@ class _Frame:
         return self.scale[:, None] * (turned if self.basis is None else self.basis @ turned)
 
 
-@dataclass(eq=False)
-class _Moments:
-    """Sums over observations of coordinates and centred targets."""
-
-    n: int
-    x: np.ndarray  # (r,)
-    y: np.ndarray  # (G,)
-    xx: np.ndarray  # (r, r)
-    xy: np.ndarray  # (r, G)
-
-    def __sub__(self, other: _Moments) -> _Moments:
-        return _Moments(self.n - other.n, self.x - other.x, self.y - other.y, self.xx - other.xx, self.xy - other.xy)
-
-
-@dataclass(eq=False)
-class _Spectrum:
-    """Principal axes of the coordinates and the targets' covariance with them."""
-
-    centre: np.ndarray  # (r,)
-    level: np.ndarray  # (G,)
-    axes: np.ndarray  # (r, r), leading first
-    values: np.ndarray  # (r,), variances
-    along: np.ndarray  # (r, G), covariances
-
-
 @register
 class Ridge(Model[RidgeConfig]):
     """Ridge regression on standardised features, with an optional projection on principal components.
@@ -143,7 +119,7 @@ class Ridge(Model[RidgeConfig]):
         """Choose penalty and components on held-out training sections, then fit on all of them."""
         frame = _frame(sections)
 
-        def moments(rows_of_section: Mapping[int, np.ndarray]) -> _Moments:
+        def moments(rows_of_section: Mapping[int, np.ndarray]) -> Moments:
             return _accumulate(sections, rows_of_section, frame)
 
         total = moments({index: np.arange(section.n_obs) for index, section in enumerate(sections)})
@@ -151,10 +127,10 @@ class Ridge(Model[RidgeConfig]):
         kind, folds = inner_folds(sections)
         if folds and len(candidates) > 1:
             scores = [
-                _score(sections, fold, frame, _decompose(total - moments(fold)), candidates, self.config.score_rows)
+                _score(sections, fold, frame, decompose(total - moments(fold)), candidates, self.config.score_rows)
                 for fold in (fold.held_out for fold in folds)
             ]
-            mean = _nan_mean(np.concatenate(scores))
+            mean = nan_mean(np.concatenate(scores))
         else:
             kind, mean = "none", np.full(len(candidates), np.nan)
         if np.isfinite(mean).any():
@@ -169,8 +145,8 @@ class Ridge(Model[RidgeConfig]):
         ]
         self._chosen_by = kind
         logger.info("ridge: components=%s, penalty=%g chosen by %s", self.components, self.penalty, kind)
-        spectrum = _decompose(total)
-        turned = _solve(spectrum, self.components, self.penalty)
+        spectrum = decompose(total)
+        turned = solve(spectrum, self.components, self.penalty)
         weights = frame.weights(turned)
         self._weights = weights.astype(np.float32)
         self._intercept = (frame.level + spectrum.level - spectrum.centre @ turned - frame.centre @ weights).astype(
@@ -230,9 +206,9 @@ def _span(rows: np.ndarray) -> np.ndarray:
     return rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
 
 
-def _accumulate(sections: Sequence[Section], rows_of_section: Mapping[int, np.ndarray], frame: _Frame) -> _Moments:
+def _accumulate(sections: Sequence[Section], rows_of_section: Mapping[int, np.ndarray], frame: _Frame) -> Moments:
     width, genes = frame.width, len(frame.level)
-    sums = _Moments(0, np.zeros(width), np.zeros(genes), np.zeros((width, width)), np.zeros((width, genes)))
+    sums = Moments(0, np.zeros(width), np.zeros(genes), np.zeros((width, width)), np.zeros((width, genes)))
     for index, rows in rows_of_section.items():
         targets = sections[index].require_targets()
         for block in row_blocks(len(rows), _READ_ROWS):
@@ -246,26 +222,11 @@ def _accumulate(sections: Sequence[Section], rows_of_section: Mapping[int, np.nd
     return sums
 
 
-def _decompose(sums: _Moments) -> _Spectrum:
-    from scipy.linalg import eigh
-
-    centre, level = sums.x / sums.n, sums.y / sums.n
-    values, axes = eigh(sums.xx / sums.n - np.outer(centre, centre), overwrite_a=True, check_finite=False)
-    axes, values = axes[:, ::-1], np.maximum(values[::-1], 0.0)
-    return _Spectrum(centre, level, axes, values, axes.T @ (sums.xy / sums.n - np.outer(centre, level)))
-
-
-def _solve(spectrum: _Spectrum, size: int | None, penalty: float) -> np.ndarray:
-    """Weights of the coordinates, (r, G)."""
-    used = slice(None) if size is None else slice(size)
-    return spectrum.axes[:, used] @ (spectrum.along[used] / (spectrum.values[used] + penalty)[:, None])
-
-
 def _score(
     sections: Sequence[Section],
     held_out: Mapping[int, np.ndarray],
     frame: _Frame,
-    spectrum: _Spectrum,
+    spectrum: Spectrum,
     candidates: Sequence[tuple[int | None, float]],
     score_rows: int,
 ) -> np.ndarray:
@@ -287,10 +248,3 @@ def _score(
                 found[stop, penalty] = float(np.nanmean(r)) if np.isfinite(r).any() else float("nan")
         scores[row] = [found[width if size is None else min(size, width), penalty] for size, penalty in candidates]
     return scores
-
-
-def _nan_mean(scores: np.ndarray) -> np.ndarray:
-    known = np.isfinite(scores)
-    return np.where(
-        known.any(axis=0), np.where(known, scores, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1), np.nan
-    )
