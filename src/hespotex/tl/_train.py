@@ -217,7 +217,12 @@ def fit_model(
         found = views_of(items, **keys)  # fails early, before genes are chosen
     tables = list({id(each.table.adata): each.table.adata for each in found}.values())
     panel = _panel(items, tables, model, genes, n_top_genes, gene_selection, counts_layer, table_key)
-    unit = unit or getattr(model.config, "unit", None) or "log1p_cp10k"
+    own_unit = getattr(model.config, "unit", None)
+    if model.reads_parts and own_unit == "counts" and unit not in (None, own_unit):
+        raise DataValueError(
+            f"unit={unit!r}: {model.info.name!r} learns from sums over its parts and predicts counts; leave unit= out"
+        )
+    unit = unit or own_unit or "log1p_cp10k"
     views = views_of(items, genes=panel, unit=unit, counts_layer=counts_layer, min_counts=min_counts, **keys)
     seed = settings.seed if seed is None else seed
     recipe = make_recipe(views, panel, unit, embedding_key, seed, model)
