@@ -364,11 +364,11 @@ def _ssim(obs: pd.DataFrame, target: np.ndarray, guess: np.ndarray) -> float:
 
 def _without_blocks(whole):
     """The section without a tenth of its spots, in blocks; shapes of all spots; which were held out."""
-    import hespotex as hx
+    from hespotex.data.lattice import spot_pitch
     from hespotex.data.splits import spatial_blocks
 
-    radius = 0.5 * hx.data.lattice.spot_pitch(whole["table"].obsm["spatial"])
-    blocks = spatial_blocks(whole["table"].obsm["spatial"], side_um=5 * radius)
+    xy = whole["table"].obsm["spatial"]
+    blocks = spatial_blocks(xy, side_um=2.5 * spot_pitch(xy))  # both in pixels: blocks of two or three spots
     order = np.random.default_rng(0).permutation(blocks.max() + 1)
     n_held = np.cumsum(np.bincount(blocks)[order])
     held = np.isin(blocks, order[: int(np.searchsorted(n_held, HELD_OUT * len(blocks))) + 1])

@@ -226,6 +226,15 @@ def test_aggregation_is_the_sum_the_model_learned(section, linear):
     assert section["table"].obs["ridge_parts_coverage"].max() <= np.pi * (27.5 / 16) ** 2 + 1e-9
 
 
+def test_a_table_of_some_of_the_shapes_gets_just_its_own(section, linear):
+    hx.tl.predict(section, linear)
+    whole = hx.tl.aggregate(section, "ridge_parts_superpixels", "spots", copy=True)
+    section["table"] = section["table"][::2].copy()
+    some = hx.tl.aggregate(section, "ridge_parts_superpixels", "spots", copy=True)
+    np.testing.assert_array_equal(some.X, whole.X[::2])
+    assert list(some.obs["part_id"]) == list(section["table"].obs["spot_id"])
+
+
 def test_sums_over_regions_that_cover_everything_are_conserved(section, linear):
     import shapely
     from geopandas import GeoDataFrame

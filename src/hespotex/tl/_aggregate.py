@@ -103,7 +103,7 @@ def aggregate(
     gathered = pooled(share, values[rows], how).astype(np.float32)
     coverage = np.asarray(share.sum(axis=1)).ravel()
     if copy or table is None:
-        result = _new_table(sdata, slide, to_, gathered, genes)
+        result = _new_table(sdata, slide, to_, chosen, gathered, genes)
         result.obs[Keys.derived(key_added, "coverage")] = coverage
         _note(result, key_added, "X", unit, genes, from_, how)
         if copy:
@@ -173,12 +173,14 @@ def _share(
     return share_matrix(sdata, slide, Observed(to_, chosen), fine, positions, pixels, size_um)
 
 
-def _new_table(sdata: SpatialData, slide: Slide, to_: str, values: np.ndarray, genes: Sequence[str]) -> AnnData:
+def _new_table(
+    sdata: SpatialData, slide: Slide, to_: str, chosen: np.ndarray, values: np.ndarray, genes: Sequence[str]
+) -> AnnData:
     import pandas as pd
     from anndata import AnnData
     from spatialdata.models import TableModel
 
-    ids = sdata.shapes[to_].index.to_numpy()
+    ids = sdata.shapes[to_].index.to_numpy()[chosen]
     obs = pd.DataFrame(
         {Keys.REGION: pd.Categorical([to_] * len(ids)), Keys.PART_ID: ids},
         index=pd.Index(ids.astype(str), dtype=object),
@@ -187,7 +189,7 @@ def _new_table(sdata: SpatialData, slide: Slide, to_: str, values: np.ndarray, g
         X=values,
         obs=obs,
         var=pd.DataFrame(index=pd.Index(list(genes), dtype=object)),
-        obsm={Keys.SPATIAL: shape_centres(sdata, to_, slide)},
+        obsm={Keys.SPATIAL: shape_centres(sdata, to_, slide)[chosen]},
     )
     return TableModel.parse(table, region=to_, region_key=Keys.REGION, instance_key=Keys.PART_ID)
 
