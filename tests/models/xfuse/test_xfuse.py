@@ -33,7 +33,7 @@ from hespotex.models.xfuse.slides import (
 )
 
 RUN = Run(seed=0, device="cpu")
-TINY = {"depth": 2, "width": 4, "patch": 32, "epochs": 2, "min_steps": 0, "n_samples": 3, "metagenes": 3}
+TINY = {"depth": 2, "width": 4, "patch": 32, "epochs": 2, "steps_per_epoch": 1, "n_samples": 3, "metagenes": 3}
 
 
 def tiny(**options):
@@ -162,7 +162,7 @@ def test_another_section_needs_no_counts_and_takes_no_effect(fitted, sections, m
 @pytest.mark.slow
 def test_learns_what_colours_tell(make_parts):
     section, truth = make_parts(side=48, depth=60.0, seed=0)
-    model = tiny(depth=3, width=8, patch=64, metagenes=6, min_steps=500).fit([section], RUN)
+    model = tiny(depth=3, width=8, patch=64, metagenes=6, epochs=50, steps_per_epoch=10).fit([section], RUN)
     predicted = model.predict(section).mean
     r = [np.corrcoef(predicted[:, gene], truth[:, gene])[0, 1] for gene in range(4)]
     assert np.mean(r) > 0.4

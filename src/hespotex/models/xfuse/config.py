@@ -60,8 +60,8 @@ class XFuseConfig:
         Side of the training patches in cells, and patches per optimiser step.
     epochs, lr
         Passes over as many random patches as would tile the sections, and learning rate of the networks.
-    min_steps
-        Optimiser steps that are taken at least, by more epochs where the sections are small.
+    steps_per_epoch
+        Optimiser steps that an epoch has at least: sections too small for them are visited several times.
     margin
         Glass around the tissue, as a share of its longer side.
     latent_sd
@@ -115,7 +115,7 @@ class XFuseConfig:
     batch: int = 2
     epochs: int = 3000
     lr: float = 1e-3
-    min_steps: int = 0
+    steps_per_epoch: int = 1
     margin: float = 0.04
     latent_sd: float | None = 0.1
     warm_up: float = 0.5
@@ -168,7 +168,7 @@ _LEAST: dict[str, float] = {
     "patch": 2,
     "batch": 1,
     "epochs": 1,
-    "min_steps": 0,
+    "steps_per_epoch": 1,
     "margin": 0,
     "min_counts": 0,
     "n_samples": 1,
@@ -207,6 +207,6 @@ SMALL = XFuseConfig(
     patch=128,
     batch=1,
     epochs=200,
-    min_steps=2000,
+    steps_per_epoch=10,
     lr=3e-3,
 )

@@ -60,7 +60,7 @@ class XFuse(Model[XFuseConfig]):
     >>> targets = Targets(np.array([[3, 1], [2, 4]]), np.array([4, 6]), ("A", "B"), unit="counts")
     >>> xy = np.array([[18.0, 18.0], [42.0, 42.0]])
     >>> section = Section("s", np.array(["0", "1"]), np.zeros((2, 0)), xy, targets=targets, parts=parts)
-    >>> model = models.create("xfuse", preset="small", depth=2, width=2, patch=8, epochs=2, min_steps=1, n_samples=2)
+    >>> model = models.create("xfuse", preset="small", depth=2, width=2, patch=8, epochs=2, n_samples=2)
     >>> model.fit([section]).predict(section).mean.shape
     (64, 2)
     """

@@ -51,11 +51,6 @@ def batches(slides: Sequence[Slide], config: XFuseConfig, seed: int) -> list[tup
     return [tuple(each[start : start + config.batch].tolist()) for start in range(0, len(each), config.batch)]
 
 
-def n_epochs(config: XFuseConfig, steps: int) -> int:
-    """Epochs of so many steps."""
-    return max(config.epochs, -(-config.min_steps // steps))
-
-
 def scores_without_each(
     model: Generative,
     slides: Sequence[Slide],
@@ -120,7 +115,7 @@ def clean_up(model: Generative, slides: Sequence[Slide], config: XFuseConfig, se
     if config.final_purge == "extra":
         slots = metagenes.slots
         useful = useful_of(slots, scores_without_each(model, slides, config, steps, _FINAL_SAMPLES, rng))
-        metagenes.apply_change(extra(slots, useful, config.max_metagenes, spare(n_epochs(config, len(steps)), 0)))
+        metagenes.apply_change(extra(slots, useful, config.max_metagenes, spare(config.epochs, 0)))
     while config.final_purge == "drop" and len(slots := metagenes.slots) > 1:
         scores = scores_without_each(model, slides, config, steps, config.purge_samples, rng)
         if len(useful_of(slots, scores)) == len(slots):
@@ -133,8 +128,9 @@ def clean_up(model: Generative, slides: Sequence[Slide], config: XFuseConfig, se
 def fit_generative(model: Generative, slides: Sequence[Slide], config: XFuseConfig, run: Run) -> Fit:
     """Train `model` in place; afterwards it is on the CPU and in evaluation mode."""
     steps = batches(slides, config, run.seed)
+    items = steps * -(-config.steps_per_epoch // len(steps))
     fit = fit_lightning(
-        _step(model, slides, config, steps, run.seed), steps, run, max_epochs=n_epochs(config, len(steps)), name="xfuse"
+        _step(model, slides, config, steps, run.seed), items, run, max_epochs=config.epochs, name="xfuse"
     )
     device = resolve_device(run.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -158,7 +154,6 @@ def _step(
 ) -> Any:
     lightning = optional_import("lightning.pytorch", feature="training xfuse")
     sizes = patches_per_level(slides, config)
-    epochs = n_epochs(config, len(steps))
 
     class Step(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -169,7 +164,7 @@ def _step(
 
         def on_train_epoch_start(self) -> None:
             epoch = int(self.current_epoch)
-            last = epochs - config.purge_interval
+            last = config.epochs - config.purge_interval
             if config.expansion != "none" and epoch > 0 and epoch % config.purge_interval == 0 and epoch <= last:
                 change = tested(model, slides, config, steps, epoch, np.random.default_rng([seed, 3, epoch]))
                 model.metagenes.apply_change(change, self.optimizers().optimizer)
@@ -178,7 +173,7 @@ def _step(
             # From torch's generator, which the fit seeds anew in every epoch.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             patches = [patch.to(self.device) for patch in draw_patches(slides, list(map(int, batch)), config, rng)]
-            warm = config.warm_up * epochs
+            warm = config.warm_up * config.epochs
             weight = min(1.0, self.current_epoch / warm) if warm else 1.0
             terms = model.bound(patches, model.noise(patches), sizes, prior_weight=weight)
             count = torch.tensor(float(len(model.metagenes.slots)))
