@@ -2,7 +2,6 @@
 
     python benchmarks/fine.py synthetic            # known truth of every cell: nuclei and superpixels
     python benchmarks/fine.py real --data DIR      # her2st and mouse olfactory bulb: spots held out, spots merged
-    python benchmarks/fine.py conserve --data DIR  # sums over superpixels against the measured spots
     python benchmarks/fine.py quick                # a small synthetic section, five minutes
     python benchmarks/fine.py table                # Markdown tables of what was run
 
@@ -331,10 +330,6 @@ def run_real(label: str, task: str, name: str, data: str) -> dict:
     from hespotex.models._inner import gene_correlation
 
     r = gene_correlation(target[covered], guess[covered])
-    own = hx.tl.aggregate(
-        coarse, f"p_{at}", "spots", how=None if unit == "counts" else "mean", key_added="s", copy=True
-    )
-    mine, theirs = np.nan_to_num(np.asarray(own.X)), coarse["table"][:, genes].X.toarray()
     return {
         "method": label,
         "task": task,
@@ -344,10 +339,40 @@ def run_real(label: str, task: str, name: str, data: str) -> dict:
         "r": float(np.nanmean(r)),
         "rmse": float(np.sqrt(np.mean((target[covered] - guess[covered]) ** 2))),
         "ssim": _ssim(measured.obs.iloc[kept][covered], target[covered], guess[covered]),
-        "sum_error": float(np.abs(mine - theirs).sum() / theirs.sum()) if unit == "counts" else float("nan"),
         "seconds_fit": fit_s,
         "seconds_predict": predict_s,
         "peak_gb": _peak_gb(),
+    } | conservation(coarse, at, genes, unit)
+
+
+def conservation(sdata, at: str, genes: list[str], unit: str) -> dict:
+    """How well sums over the parts of the spots that were fitted agree with their counts, and after reconciling.
+
+    Errors are shares of all counts, or of the standard deviation where a method predicts intensities. ``poisson`` is
+    what the counts would err by if their expectation were known.
+    """
+    import hespotex as hx
+
+    def sums(key: str):
+        found = hx.tl.aggregate(sdata, f"{key}_{at}", "spots", key_added="s", copy=True)
+        return np.asarray(found.X), (found.obs["s_coverage"] > 0).to_numpy()
+
+    mine, held = sums("p")
+    counts = sdata["table"][:, genes].X.toarray()
+    if unit != "counts":
+        theirs = np.log1p(counts / np.maximum(np.asarray(sdata["table"].X.sum(axis=1)), 1) * 1e4)[held]
+        return {"sum_error": float(np.sqrt(np.mean((mine[held] - theirs) ** 2)) / theirs.std())}
+    theirs = counts[held]
+    start = time.perf_counter()
+    hx.tl.reconcile(sdata, f"p_{at}", key_added="exact")
+    seconds = time.perf_counter() - start
+    exact, _ = sums("exact")
+    drawn = np.random.default_rng(0).poisson(np.maximum(mine[held], 0))
+    return {
+        "sum_error": float(np.abs(mine[held] - theirs).sum() / theirs.sum()),
+        "poisson": float(np.abs(drawn - mine[held]).sum() / theirs.sum()),
+        "reconciled_error": float(np.abs(exact[held] - theirs).max()),
+        "seconds_reconcile": seconds,
     }
 
 

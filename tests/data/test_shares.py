@@ -7,7 +7,7 @@ import pytest
 import shapely
 from scipy import sparse
 
-from hespotex.data.shares import aggregate, disc_overlaps, disc_shares, inside_shares, polygon_shares
+from hespotex.data.shares import aggregate, disc_overlaps, disc_shares, inside_shares, polygon_shares, reconcile
 from hespotex.errors import DataValueError
 
 
@@ -56,6 +56,21 @@ def test_polygons_and_points():
     np.testing.assert_array_equal(inside_shares(region, points).toarray(), [[1, 0]])
 
 
+def test_a_point_on_the_border_of_two_regions_counts_once():
+    regions = np.array([shapely.box(0, 0, 10, 10), shapely.box(10, 0, 20, 10), shapely.box(5, 0, 20, 10)])
+    points = np.array([[10.0, 5.0], [10.0, 10.0], [0.0, 0.0], [15.0, 5.0], [30.0, 5.0]])
+    share = inside_shares(regions[:2], points).toarray()
+    np.testing.assert_array_equal(share, [[1, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
+    # Regions that overlap still each hold what lies inside them.
+    assert inside_shares(regions, points).toarray()[:, 3].tolist() == [0, 1, 1]
+
+
+def test_regions_drawn_across_themselves_are_mended():
+    knot = np.array([shapely.Polygon([(0, 0), (16, 16), (16, 0), (0, 16)])])
+    assert polygon_shares(knot, grid(2), 64.0).sum() == pytest.approx(2 * 64 / 64)
+    assert inside_shares(knot, np.array([[1.0, 8.0], [8.0, 1.0]])).toarray().tolist() == [[1, 0]]
+
+
 def test_sums_are_conserved_over_a_partition():
     values = np.random.default_rng(1).normal(size=(400, 3))
     halves = np.array([shapely.box(0, 0, 77.3, 160), shapely.box(77.3, 0, 160, 160)])
@@ -74,3 +89,60 @@ def test_wrong_sizes_and_words_are_refused():
         aggregate(sparse.csr_array((2, 3)), np.ones((2, 1)))
     with pytest.raises(DataValueError, match="how='median'"):
         aggregate(sparse.csr_array((2, 3)), np.ones((3, 1)), "median")
+
+
+def random_shares(n=12, m=60, seed=0):
+    """Each part under one observation at most, as with spots apart from each other."""
+    rng = np.random.default_rng(seed)
+    owner = rng.integers(-3, n, size=m)
+    under = np.flatnonzero(owner >= 0)
+    return sparse.csr_array((rng.uniform(0.1, 1, len(under)), (owner[under], under)), shape=(n, m))
+
+
+def test_reconciled_parts_add_up_and_keep_their_proportions():
+    share = random_shares()
+    rng = np.random.default_rng(1)
+    expected, counts = rng.gamma(1.0, size=(60, 4)), rng.poisson(5, size=(12, 4))
+    found = reconcile(share, expected, sparse.csr_array(counts))
+    np.testing.assert_allclose(aggregate(share, found), counts, atol=1e-9)
+    under = share[[0]].indices
+    factor = found[under] / expected[under]
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[0], factor.shape))
+    apart = np.asarray(share.sum(axis=0)) == 0
+    overall = counts.sum(axis=0) / aggregate(share, expected).sum(axis=0)
+    np.testing.assert_allclose(found[apart], expected[apart] * overall)
+
+
+def test_reconciling_again_changes_nothing():
+    share = random_shares()
+    rng = np.random.default_rng(2)
+    counts = rng.poisson(5, size=(12, 2))
+    once = reconcile(share, rng.gamma(1.0, size=(60, 2)), counts)
+    np.testing.assert_allclose(reconcile(share, once, counts), once, atol=1e-9)
+
+
+def test_overlapping_observations_are_met_where_a_map_exists():
+    rng = np.random.default_rng(3)
+    share = sparse.csr_array(np.array([[1.0, 1, 0.5, 0], [0, 0, 0.5, 1.0]]))
+    counts = share @ rng.gamma(1.0, size=(4, 3))
+    np.testing.assert_allclose(share @ reconcile(share, np.ones((4, 3)), counts), counts, rtol=1e-5)
+
+
+def test_sums_that_contradict_each_other_keep_their_total():
+    share = sparse.csr_array(np.array([[1.0, 1.0], [1.0, 1.0]]))  # the same parts, counted twice
+    found = reconcile(share, np.array([[1.0], [3.0]]), np.array([[4.0], [8.0]]))
+    assert found.ravel().tolist() == pytest.approx([1.5, 4.5])
+
+
+def test_where_nothing_was_expected_counts_go_by_the_shares():
+    share = sparse.csr_array(np.array([[1.0, 0.5], [0.0, 0.0]]))
+    found = reconcile(share, np.zeros((2, 1)), np.array([[6.0], [4.0]]))
+    assert found.ravel().tolist() == pytest.approx([4, 4])
+
+
+def test_what_cannot_be_reconciled_is_refused():
+    share = sparse.csr_array(np.eye(2))
+    with pytest.raises(DataValueError, match="counts has shape"):
+        reconcile(share, np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(DataValueError, match="negative or not finite"):
+        reconcile(share, -np.ones((2, 1)), np.ones((2, 1)))

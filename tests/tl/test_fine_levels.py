@@ -11,6 +11,7 @@ import hespotex as hx
 from hespotex.data import blockwise
 from hespotex.errors import (
     AmbiguousKeyError,
+    CountsError,
     DataTypeError,
     DataValueError,
     GeometryError,
@@ -279,6 +280,49 @@ def test_aggregation_names_what_is_wrong(section, linear):
     )
     with pytest.raises(AmbiguousKeyError, match="several predictions"):
         hx.tl.aggregate(section, "ridge_parts_superpixels", "spots")
+
+
+def test_a_reconciled_prediction_adds_up_to_every_spot(section, linear):
+    hx.tl.predict(section, linear)
+    before = section["ridge_parts_superpixels"].X.copy()
+    hx.tl.reconcile(section, "ridge_parts_superpixels")
+    sums = hx.tl.aggregate(section, "ridge_parts_reconciled_superpixels", "spots", copy=True)
+    held = (sums.obs["ridge_parts_reconciled_coverage"] > 0).to_numpy()
+    assert 0.9 * len(held) < held.sum()
+    np.testing.assert_allclose(sums.X[held], section["table"][:, sums.var_names].X.toarray()[held], atol=1e-3)
+    np.testing.assert_array_equal(section["ridge_parts_superpixels"].X, before)
+    assert "measured" not in section["ridge_parts_reconciled_superpixels"].layers
+    assert hx.get.prediction(section, "ridge_parts_reconciled").shape == before.shape
+
+
+def test_nuclei_are_reconciled_with_a_layer_of_counts(section):
+    hx.pp.segment_nuclei(section)
+    hx.pp.embed_nuclei(section)
+    model = hx.tl.train(section, "ridge_parts", genes=GENES, parts_key="nuclei")
+    hx.tl.predict(section, model, parts_key="nuclei")
+    section["table"].layers["raw"] = section["table"].X * 2
+    section["table"].X = section["table"].X / 3
+    with pytest.raises(CountsError, match="not whole numbers"):
+        hx.tl.reconcile(section, "ridge_parts_nuclei")
+    assert "ridge_parts_reconciled_nuclei" not in section.tables
+    hx.tl.reconcile(section, "ridge_parts_nuclei", counts_layer="raw", key_added="exact")
+    sums = hx.tl.aggregate(section, "exact_nuclei", "spots", copy=True)
+    held = (sums.obs["exact_coverage"] > 0).to_numpy()
+    np.testing.assert_allclose(sums.X[held], section["table"][:, sums.var_names].layers["raw"].toarray()[held], atol=1e-3)
+
+
+def test_reconciling_names_what_is_wrong(section, linear):
+    hx.tl.predict(section, "interpolate", genes=GENES)
+    with pytest.raises(DataValueError, match="'log1p_cp10k', of which sums mean nothing"):
+        hx.tl.reconcile(section, "interpolate_superpixels")
+    hx.tl.predict(section, linear)
+    section["table"] = section["table"][:, section["table"].var_names != "T_CELL1"].copy()
+    with pytest.raises(MissingKeyError, match=r"1 predicted genes are not in table 'table' \(T_CELL1\)"):
+        hx.tl.reconcile(section, "ridge_parts_superpixels")
+    hx.tl.predict(section, linear, genes=GENES[:1])
+    section["mine_superpixels"] = section["morphology_superpixels"].copy()
+    with pytest.raises(DataValueError, match="choose another key_added"):
+        hx.tl.reconcile(section, "ridge_parts_superpixels", key_added="mine")
 
 
 def test_merged_spots_count_what_theirs_counted(section):

@@ -20,7 +20,7 @@ __all__ = [
     "disc_shares",
     "inside_shares",
     "polygon_shares",
-    "reallocate",
+    "reconcile",
     "within_shares",
 ]
 
@@ -61,11 +61,19 @@ def aggregate(
     return np.divide(total, covered, out=np.full(total.shape, np.nan), where=covered > 0)
 
 
-def reallocate(share: sparse.csr_array, expected: np.ndarray, counts: np.ndarray | sparse.sparray) -> np.ndarray:
-    """Measured counts of observations, handed to their parts in proportion to what each was expected to add.
+def reconcile(
+    share: sparse.csr_array,
+    expected: np.ndarray,
+    counts: np.ndarray | sparse.sparray,
+    *,
+    max_iter: int = 200,
+    tol: float = 1e-6,
+) -> np.ndarray:
+    """Expected values of parts, rescaled until those of every observation add up to its counts.
 
-    Of a count y with the expectation μ = Σ m λ, a part gets y · m λ / μ: its expected count once y is known. Nothing is
-    lost or made: what the parts of an observation get adds up to its counts.
+    A part under one observation is scaled by counts over expectation, y / Σ m λ, which is exact after one step. Where
+    observations overlap or a part lies under several, the step is repeated with the mean factor of each part (the EM
+    algorithm for Poisson sums): the total stays right in every step, and the limit is exact wherever that is possible.
 
     Parameters
     ----------
@@ -75,35 +83,47 @@ def reallocate(share: sparse.csr_array, expected: np.ndarray, counts: np.ndarray
         Expected values of whole parts, not negative, (m, G).
     counts
         Measured counts of the observations, (n, G).
+    max_iter, tol
+        Steps at most, and the error of a sum, relative to a count (of one at least), that is small enough to stop.
 
     Returns
     -------
-    (m, G) float64: the counts of what lies under observations. A part under none gets nothing, one under several gets
-    from each. Where nothing was expected, counts go by the shares alone; those of observations without parts go nowhere.
+    (m, G) float64. Parts under no observation are scaled, gene by gene, as all that were measured are together. Where
+    nothing was expected, counts go by the shares alone; those of observations without parts go nowhere.
 
     Examples
     --------
     >>> import numpy as np
     >>> from scipy import sparse
     >>> share = sparse.csr_array(np.array([[1.0, 1.0, 0.0]]))
-    >>> reallocate(share, np.array([[1.0], [3.0], [5.0]]), np.array([[8.0]])).ravel().tolist()
-    [2.0, 6.0, 0.0]
+    >>> reconcile(share, np.array([[1.0], [3.0], [5.0]]), np.array([[8.0]])).ravel().tolist()
+    [2.0, 6.0, 10.0]
     """
-    expected = np.asarray(expected, dtype=np.float64)
     dense: Any = counts
     measured = np.asarray(dense.toarray() if sparse.issparse(counts) else dense, dtype=np.float64)
-    if share.shape[0] != measured.shape[0] or measured.shape[1] != expected.shape[1]:
+    values = np.array(expected, dtype=np.float64)
+    if share.shape[0] != measured.shape[0] or measured.shape[1] != values.shape[1]:
         raise DataValueError(
-            f"counts has shape {measured.shape}, share and expected ask for {(share.shape[0], expected.shape[1])}"
+            f"counts has shape {measured.shape}, share and expected ask for {(share.shape[0], values.shape[1])}"
         )
-    if not (np.isfinite(expected).all() and (expected >= 0).all()):
+    if not (np.isfinite(values).all() and (values >= 0).all()):
         raise DataValueError("expected holds values that are negative or not finite")
-    mu = aggregate(share, expected)
-    ratio = np.divide(measured, mu, out=np.zeros_like(mu), where=mu > 0)
-    allotted = expected * (share.T @ ratio)
-    size = np.asarray(share.sum(axis=1)).reshape(-1, 1)
-    unexpected = np.divide(measured, size, out=np.zeros_like(mu), where=(mu <= 0) & (size > 0))
-    return allotted + share.T @ unexpected
+    held = np.asarray(share.sum(axis=1)).ravel() > 0
+    share, measured = sparse.csr_array(share[held]), measured[held]
+    covered = np.asarray(share.sum(axis=0)).reshape(-1, 1)
+    seen = covered.ravel() > 0
+    sums = share @ values
+    unexpected = share.T @ ((sums <= 0) & (measured > 0)).astype(float) > 0
+    total = sums.sum(axis=0)
+    overall = np.divide(measured.sum(axis=0), total, out=np.ones_like(total), where=total > 0)
+    values = np.where(seen[:, None], np.where((values <= 0) & unexpected, 1.0, values), values * overall)
+    for _ in range(max_iter):
+        sums = share @ values
+        if (np.abs(sums - measured) <= tol * np.maximum(measured, 1)).all():
+            break
+        ratio = np.divide(measured, sums, out=np.zeros_like(sums), where=sums > 0)
+        values[seen] *= (share.T @ ratio)[seen] / covered[seen]
+    return values
 
 
 def disc_shares(
@@ -146,8 +166,15 @@ def polygon_shares(observations: np.ndarray, parts: np.ndarray, unit_area: float
     """Area of each polygon of `parts` within each of `observations`, in units of `unit_area`, CSR (n, m)."""
     import shapely
 
+    observations = _valid(observations)
     rows, columns = shapely.STRtree(parts).query(observations, predicate="intersects")
-    area = shapely.area(shapely.intersection(observations[rows], parts[columns]))
+    area = np.concatenate(
+        [np.empty(0)]
+        + [
+            shapely.area(shapely.intersection(observations[rows[some]], parts[columns[some]]))
+            for some in _pieces(len(rows), _PAIRS_AT_ONCE)
+        ]
+    )
     return _matrix(rows, columns, area / unit_area, (len(observations), len(parts)))
 
 
@@ -163,10 +190,20 @@ def within_shares(centres: np.ndarray, radius: float | np.ndarray, points: np.nd
 
 
 def inside_shares(observations: np.ndarray, points: np.ndarray) -> sparse.csr_array:
-    """1 where one of the `points` (m, 2) lies in one of `observations` (n,) of shapely polygons, CSR (n, m)."""
+    """1 where one of the `points` (m, 2) lies in one of `observations` (n,) of shapely polygons, CSR (n, m).
+
+    A point on the border of several polygons, and inside none, counts for the first of them.
+    """
     import shapely
 
-    rows, columns = shapely.STRtree(shapely.points(points)).query(observations, predicate="intersects")
+    observations = _valid(observations)
+    tree = shapely.STRtree(shapely.points(points))
+    rows, columns = tree.query(observations, predicate="contains")
+    near, touched = tree.query(observations, predicate="intersects")
+    lone = ~np.isin(touched, columns)
+    order = np.argsort(near[lone], kind="stable")
+    on_border, first = np.unique(touched[lone][order], return_index=True)
+    rows, columns = np.append(rows, near[lone][order][first]), np.append(columns, on_border)
     return _matrix(rows, columns, np.ones(len(rows)), (len(observations), len(points)))
 
 
@@ -197,6 +234,14 @@ def disc_overlaps(centres: np.ndarray, radius: np.ndarray, polygons: np.ndarray)
     of_ring = np.abs(np.bincount(ring[start], weights=edge, minlength=len(rings)))  # whichever way a ring runs
     signed = np.where(hole, -of_ring, of_ring)
     return np.maximum(np.bincount(owner[polygon], weights=signed, minlength=len(polygons)), 0.0)
+
+
+def _valid(polygons: np.ndarray) -> np.ndarray:
+    """Polygons, those drawn across themselves mended: no overlap can be formed with them as they are."""
+    import shapely
+
+    wrong = ~shapely.is_valid(polygons)
+    return np.where(wrong, shapely.make_valid(polygons), polygons) if wrong.any() else polygons
 
 
 def _edge_overlap(a: np.ndarray, b: np.ndarray, radius: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from ._coarsen import coarsen
 from ._cross_validate import cross_validate
 from ._evaluate import evaluate
 from ._predict import predict
+from ._reconcile import reconcile
 from ._regions import rank_regions, regions, tls_score
 from ._train import train
 
@@ -19,6 +20,7 @@ __all__ = [
     "evaluate",
     "predict",
     "rank_regions",
+    "reconcile",
     "regions",
     "tls_score",
     "train",

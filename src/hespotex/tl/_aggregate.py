@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy import sparse
 
 from .._keys import Keys, check_key
 from .._logging import logger
-from ..data.geometry import Slide, find_image_key, resolve_slide, shape_centres
-from ..data.parts import Observed, share_matrix
-from ..data.provenance import record
+from ..data.geometry import find_image_key, resolve_slide
 from ..data.shares import aggregate as pooled
-from ..data.stored import check_free, prediction_keys, read_prediction, write_prediction
-from ..data.tables import AnnotatedTable, is_derived, mark_table, resolve_table, row_positions, table_role
+from ..data.stored import check_free, write_prediction
+from ..data.tables import AnnotatedTable, is_derived, resolve_table, row_positions, table_role
 from ..data.transaction import restored_on_error
-from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
+from ..errors import DataValueError, MissingKeyError
+from ._levels import new_table, note, share_of, source_of, write_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,7 +83,7 @@ def aggregate(
     >>> hx.get.prediction(sdata, "interpolate", table_key="table").n_obs == sdata["table"].n_obs
     True
     """
-    source, values, genes, unit, name = _source(sdata, from_, key)
+    source, values, genes, unit, name = source_of(sdata, from_, key)
     if to_ not in sdata.shapes:
         raise MissingKeyError(f"to_={to_!r} is not among the shapes {list(sdata.shapes)}")
     how = how or ("sum" if unit == "counts" else "mean")
@@ -99,16 +96,16 @@ def aggregate(
     rows, positions = row_positions(sdata, source, fine)
     table = _target(sdata, to_)
     chosen = np.arange(len(sdata.shapes[to_])) if table is None else row_positions(sdata, table, to_)[1]
-    share = _share(sdata, slide, to_, chosen, fine, positions)
+    share = share_of(sdata, slide, to_, chosen, fine, positions)
     gathered = pooled(share, values[rows], how).astype(np.float32)
     coverage = np.asarray(share.sum(axis=1)).ravel()
     if copy or table is None:
-        result = _new_table(sdata, slide, to_, chosen, gathered, genes)
+        result = new_table(sdata, slide, to_, chosen, gathered, genes)
         result.obs[Keys.derived(key_added, "coverage")] = coverage
-        _note(result, key_added, "X", unit, genes, from_, how)
+        note(result, key_added, "X", unit, genes, function="aggregate", from_=from_, how=how)
         if copy:
             return result
-        _write_table(sdata, result, Keys.prediction_table(key_added, to_))
+        write_table(sdata, result, Keys.prediction_table(key_added, to_))
         return None
     adata = table.adata
     if is_derived(adata):
@@ -121,38 +118,9 @@ def aggregate(
         covered = np.full(adata.n_obs, np.nan)
         covered[row_positions(sdata, table, to_)[0]] = coverage
         adata.obs[Keys.derived(key_added, "coverage")] = covered
-        _note(adata, key_added, form, unit, genes, from_, how)
+        note(adata, key_added, form, unit, genes, function="aggregate", from_=from_, how=how)
     logger.info("aggregate: %s of %r in %r; wrote %s[%r] of table %r", how, from_, to_, form, key_added, table.key)
     return None
-
-
-def _source(
-    sdata: SpatialData, from_: str, key: str | None
-) -> tuple[AnnotatedTable, np.ndarray | sparse.csr_array, list[str], str, str]:
-    """Table, values (n, G), genes, unit and name of what is gathered."""
-    if not hasattr(sdata, "shapes"):
-        raise DataTypeError(
-            f"sdata must be a SpatialData, got {type(sdata).__name__}: it holds the shapes of both levels"
-        )
-    if from_ not in sdata.tables:
-        own = [name for name in sdata.tables if name.endswith(f"_{from_}")]
-        hint = f"; did you mean one of {own}?" if own else ""
-        raise MissingKeyError(f"from_={from_!r} is not among the tables {list(sdata.tables)}{hint}")
-    source = resolve_table(sdata, table_key=from_)
-    if len(source.regions) > 1:
-        raise AmbiguousKeyError(f"table {from_!r} annotates several shapes {list(source.regions)}; split it first")
-    keys = prediction_keys(source.adata)
-    if key is None and len(keys) > 1:
-        raise AmbiguousKeyError(f"table {from_!r} holds several predictions {keys}; name one with key=")
-    if key is None and not keys:
-        if source.adata.X is None or source.adata.n_vars == 0:
-            raise MissingKeyError(f"table {from_!r} holds neither a prediction nor values in X")
-        values = source.adata.X
-        plain = sparse.csr_array(values) if sparse.issparse(values) else np.asarray(values)
-        return source, plain, list(source.adata.var_names), "counts", from_
-    name = key or keys[0]
-    stored = read_prediction(source.adata, name)
-    return source, stored.values, list(stored.genes), stored.unit, name
 
 
 def _target(sdata: SpatialData, to_: str) -> AnnotatedTable | None:
@@ -162,58 +130,3 @@ def _target(sdata: SpatialData, to_: str) -> AnnotatedTable | None:
     except MissingKeyError:
         return None
     return table if table_role(table.key or "", table.adata) == "measured" else None
-
-
-def _share(
-    sdata: SpatialData, slide: Slide, to_: str, chosen: np.ndarray, fine: str, positions: np.ndarray
-) -> sparse.csr_array:
-    shapes = sdata.shapes[fine]
-    size_um = float(shapes[Keys.SIZE_UM].iloc[0]) if Keys.SIZE_UM in shapes else None
-    pixels = shape_centres(sdata, fine, slide)[positions]
-    return share_matrix(sdata, slide, Observed(to_, chosen), fine, positions, pixels, size_um)
-
-
-def _new_table(
-    sdata: SpatialData, slide: Slide, to_: str, chosen: np.ndarray, values: np.ndarray, genes: Sequence[str]
-) -> AnnData:
-    import pandas as pd
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    ids = sdata.shapes[to_].index.to_numpy()[chosen]
-    obs = pd.DataFrame(
-        {Keys.REGION: pd.Categorical([to_] * len(ids)), Keys.PART_ID: ids},
-        index=pd.Index(ids.astype(str), dtype=object),
-    )
-    table = AnnData(
-        X=values,
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(list(genes), dtype=object)),
-        obsm={Keys.SPATIAL: shape_centres(sdata, to_, slide)[chosen]},
-    )
-    return TableModel.parse(table, region=to_, region_key=Keys.REGION, instance_key=Keys.PART_ID)
-
-
-def _note(adata: AnnData, key: str, form: str, unit: str, genes: Sequence[str], from_: str, how: str) -> None:
-    record(
-        adata,
-        key,
-        kind="prediction",
-        form=form,
-        unit=unit,
-        genes=list(genes),
-        model=key,
-        aggregated_from=from_,
-        how=how,
-        created_by="hespotex.tl.aggregate",
-    )
-
-
-def _write_table(sdata: SpatialData, table: AnnData, name: str) -> None:
-    if name in sdata.tables and table_role(name, sdata.tables[name]) != "prediction":
-        raise DataValueError(
-            f"the result would replace table {name!r}, which is no prediction; choose another key_added="
-        )
-    mark_table(table, "prediction")
-    sdata[name] = table
-    logger.info("aggregate: wrote table %r", name)

@@ -10,7 +10,6 @@ import torch
 from scipy import sparse, stats
 
 from hespotex.data.section import Parts
-from hespotex.data.shares import aggregate, reallocate
 from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Run, create, get, load
 from hespotex.models.stand.counts import CountDecoder, nb_loss, poisson_loss
@@ -301,33 +300,6 @@ def test_symmetries_are_the_eight_of_a_square():
         seen = {tuple(each.flatten().tolist()) for each in random_symmetry(image)}
     turned = [np.rot90(np.arange(9).reshape(3, 3), k) for k in range(4)]
     assert seen == {tuple(map(float, each.ravel())) for one in turned for each in (one, one.T)}
-
-
-class TestReallocate:
-    def test_conserves_the_counts_of_every_spot(self, make_parts):
-        section, truth = make_parts(level="nucleus")
-        parts, counts = section.parts, np.asarray(section.targets.counts)
-        allotted = reallocate(parts.share, truth, sparse.csr_array(counts))
-        held = parts.share.sum(axis=1) > 0
-        np.testing.assert_allclose(aggregate(parts.share, allotted)[held], counts[held], rtol=1e-12)
-        assert (allotted[np.asarray(parts.share.sum(axis=0)) == 0] == 0).all()
-
-    def test_conserves_the_total_of_parts_that_several_spots_share(self, make_parts):
-        section, truth = make_parts()
-        counts = np.asarray(section.targets.counts)
-        np.testing.assert_allclose(reallocate(section.parts.share, truth, counts).sum(axis=0), counts.sum(axis=0))
-
-    def test_goes_by_the_shares_where_nothing_was_expected(self):
-        share = sparse.csr_array(np.array([[1.0, 0.5], [0.0, 0.0]]))
-        allotted = reallocate(share, np.zeros((2, 1)), np.array([[6.0], [4.0]]))
-        assert allotted.ravel().tolist() == pytest.approx([4, 2])
-
-    def test_input_that_cannot_be_used(self):
-        share = sparse.csr_array(np.eye(2))
-        with pytest.raises(DataValueError, match="counts has shape"):
-            reallocate(share, np.ones((2, 3)), np.ones((2, 4)))
-        with pytest.raises(DataValueError, match="negative or not finite"):
-            reallocate(share, -np.ones((2, 1)), np.ones((2, 1)))
 
 
 def test_a_row_of_one_part_stands_for_itself(fitted, section):

@@ -68,6 +68,11 @@ class XFuseConfig:
         Posterior sd of the latent fields at the start; ``None``: what random weights make of it, as published.
     warm_up
         Share of the epochs during which the weight of the prior grows from 0 to 1; 0 as published.
+    anneal
+        Whether the learning rates fall along half a cosine, to a fiftieth; constant as published.
+    freeze_norm
+        Share of the epochs after which batch normalisation keeps its statistics, so that training sees the network that
+        predicts; 1 as published.
     augmentation
         Patches at any angle, size and shear, with the nearest cell's label (``"affine"``, as published); the eight
         symmetries of the grid, which keep every share (``"exact"``); or windows as they are.
@@ -119,6 +124,8 @@ class XFuseConfig:
     margin: float = 0.04
     latent_sd: float | None = 0.1
     warm_up: float = 0.5
+    anneal: bool = True
+    freeze_norm: float = 0.5
     augmentation: Augmentation = "exact"
     colour_jitter: float = 0.05
     colour_range: ColourRange = "quantile"
@@ -146,8 +153,9 @@ class XFuseConfig:
             raise DataValueError(f"lr={self.lr!r} must be positive")
         if self.latent_sd is not None and not self.latent_sd > 0:
             raise DataValueError(f"latent_sd={self.latent_sd!r} must be positive or None")
-        if not 0 <= self.warm_up <= 1:
-            raise DataValueError(f"warm_up={self.warm_up!r} must be in [0, 1]")
+        for name in ("warm_up", "freeze_norm"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataValueError(f"{name}={getattr(self, name)!r} must be in [0, 1]")
         if not 0 <= self.colour_jitter < 0.5:
             raise DataValueError(f"colour_jitter={self.colour_jitter!r} must be in [0, 0.5)")
         if self.metagenes > self.max_metagenes:
@@ -190,6 +198,8 @@ PAPER = XFuseConfig(
     margin=0.12,
     latent_sd=None,
     warm_up=0.0,
+    anneal=False,
+    freeze_norm=1.0,
     augmentation="affine",
     colour_range="extremes",
     background_in_size=True,

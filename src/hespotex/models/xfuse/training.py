@@ -149,6 +149,11 @@ def _mark(slides: Sequence[Slide]) -> str:
     return digest.hexdigest()
 
 
+def _falling(progress: float) -> float:
+    """From 1 to a fiftieth along half a cosine."""
+    return 0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2
+
+
 def _step(
     model: Generative, slides: Sequence[Slide], config: XFuseConfig, steps: Sequence[tuple[int, ...]], seed: int
 ) -> Any:
@@ -164,6 +169,10 @@ def _step(
 
         def on_train_epoch_start(self) -> None:
             epoch = int(self.current_epoch)
+            if epoch >= config.freeze_norm * config.epochs:
+                for module in model.modules():
+                    if isinstance(module, torch.nn.BatchNorm2d):
+                        module.eval()
             last = config.epochs - config.purge_interval
             if config.expansion != "none" and epoch > 0 and epoch % config.purge_interval == 0 and epoch <= last:
                 change = tested(model, slides, config, steps, epoch, np.random.default_rng([seed, 3, epoch]))
@@ -179,7 +188,11 @@ def _step(
             count = torch.tensor(float(len(model.metagenes.slots)))
             return {"loss": -terms.pop("elbo"), **{k: v.detach() for k, v in terms.items()}, "metagenes": count}
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameter_groups(model, config.lr), amsgrad=True)
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(parameter_groups(model, config.lr), amsgrad=True)
+            if not config.anneal:
+                return optimizer
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: _falling(epoch / config.epochs))
+            return [optimizer], [schedule]
 
     return Step()
