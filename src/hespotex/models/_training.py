@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -352,8 +353,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _fingerprint(module: Any, items: Sequence[Any], validation: Sequence[Any], settings: tuple[Any, ...]) -> str:
-    # The words of network and optimiser hold what their tensors do not: dropout, learning rate, weight decay.
-    digest = hashlib.sha256(repr((settings, module, module.configure_optimizers())).encode())
+    # The words of network and optimiser hold what their tensors do not: dropout, learning rate, weight decay. Those of a
+    # scheduler hold its address, which differs from run to run.
+    words = re.sub(r" at 0x[0-9a-f]+", "", repr((settings, module, module.configure_optimizers())))
+    digest = hashlib.sha256(words.encode())
     digest.update(repr(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))).encode())
     _absorb(digest, module.state_dict())
     for sequence in (items, validation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ def _mark(slides: Sequence[Slide]) -> str:
 
 def _falling(progress: float) -> float:
     """From 1 to a fiftieth along half a cosine."""
-    return 0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _step(
