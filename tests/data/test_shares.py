@@ -78,6 +78,20 @@ def test_sums_are_conserved_over_a_partition():
     np.testing.assert_allclose(total.sum(axis=0), values.sum(axis=0))
 
 
+def test_many_genes_are_summed_without_a_copy_of_all_of_them():
+    import tracemalloc
+
+    values = np.random.default_rng(0).normal(size=(20_000, 500)).astype(np.float32)
+    share = sparse.csr_array((np.full(20_000, 0.5), (np.arange(20_000) % 10, np.arange(20_000))), shape=(10, 20_000))
+    tracemalloc.start()
+    total = aggregate(share, values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values.nbytes
+    np.testing.assert_allclose(total, share.toarray() @ values.astype(float), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(aggregate(share, sparse.csr_array(values[:, :3])), total[:, :3], atol=1e-9)
+
+
 def test_an_observation_without_parts_has_sum_0_and_no_mean():
     share = sparse.csr_array((2, 3))
     assert aggregate(share, np.ones((3, 1))).tolist() == [[0.0], [0.0]]

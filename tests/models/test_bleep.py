@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hespotex import models
-from hespotex.errors import DataValueError
+from hespotex.errors import DataValueError, HespotexWarning
 from hespotex.models import Recipe, Run
 from hespotex.models.bleep import BLEEP, contrastive_loss, retrieve
 
@@ -32,7 +32,7 @@ def test_paper_preset_has_the_published_settings():
         "scale_genes": False,
     }
     assert {name: getattr(config, name) for name in published} == published
-    assert config.gene_selection == {"method": "hvg", "n_top": 1000}
+    assert config.gene_selection == {"method": "hvg", "n_top": 1000, "min_spots_fraction": 0.0}
     with pytest.raises(DataValueError, match="'default', 'paper'"):
         BLEEP.preset("small")
 
@@ -74,6 +74,50 @@ def test_equal_keys_are_taken_in_order_and_few_keys_all():
     keys = torch.ones(5, 2)
     assert retrieve(torch.ones(1, 2), keys, 3, "average")[0].tolist() == [[0, 1, 2]]
     assert retrieve(torch.ones(1, 2), keys, 50, "average")[0].tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_each_epoch_contrasts_other_spots(preset, trio, monkeypatch):
+    from hespotex.models import bleep
+
+    seen, original = [], bleep.fit_lightning
+
+    def watched(module, items, run, **options):
+        seen.append((items, options["visit"]))
+        return original(module, items, run, **options)
+
+    monkeypatch.setattr(bleep, "fit_lightning", watched)
+    models.create("bleep", preset=preset, **QUICK, batch=32).fit(trio, CPU)
+    for items, visit in seen:
+        epochs = [[frozenset(items[number].tolist()) for number in visit(epoch)] for epoch in range(2)]
+        assert frozenset().union(*epochs[0]) == frozenset().union(*epochs[1])
+        assert not set(epochs[0]) & set(epochs[1])
+
+
+@pytest.mark.parametrize("stopping", ["inner", "random"])
+def test_epochs_are_judged_in_blocks_of_queries(stopping, trio, monkeypatch):
+    from hespotex.models import bleep
+
+    reference = models.create("bleep", **QUICK, stopping=stopping, batch=32).fit(trio, CPU)
+    sizes = []
+
+    def watched(query, *args):
+        sizes.append(len(query))
+        return retrieve(query, *args)
+
+    monkeypatch.setattr(bleep, "retrieve", watched)
+    monkeypatch.setattr(bleep, "_QUERY_ROWS", 7)
+    blocks = models.create("bleep", **QUICK, stopping=stopping, batch=32).fit(trio, CPU)
+    assert max(sizes) == 7
+    for name in ("val_loss", "val_pearson"):
+        curves = [[row[name] for row in model.history] for model in (reference, blocks)]
+        np.testing.assert_allclose(*curves, rtol=1e-3)
+
+
+def test_few_spots_are_warned_about(trio, make_planted):
+    model = models.create("bleep", **QUICK).fit(trio, CPU)
+    with pytest.warns(HespotexWarning, match="relative to their mean"):
+        assert np.isfinite(model.predict(make_planted("few", n=3)).mean).all()
 
 
 def test_recovers_a_planted_signal_on_a_new_section(make_planted):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hespotex as hx
-from hespotex.errors import DataValueError, MissingKeyError
+from hespotex.errors import CountsError, DataValueError, MissingKeyError
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,46 @@ def test_superresolution_without_a_measurement_leaves_its_panel_out():
     assert len([ax for ax in figure.axes if ax.get_title()]) == 3
 
 
+def test_all_spots_are_shown_whole_and_on_the_scale_of_the_map(sdata):
+    figure = hx.pl.superresolution(sdata, "TUMOUR1", crop_um=100)
+    spots, fine, *_ = (ax for ax in figure.axes if ax.get_title())
+    limits = spots.collections[0].get_clim()
+    assert fine.images[0].get_clim() == limits
+    counts = sdata["table"].X.toarray()
+    column = sdata["table"].var_names.get_loc("TUMOUR1")
+    measured = np.log1p(counts[:, column] / counts.sum(axis=1) * 1e4)
+    assert limits[1] == pytest.approx(np.percentile(measured, 99), rel=1e-4)  # means of spots lie within their range
+    assert spots.get_xlim() == fine.get_xlim()
+    assert spots.get_ylim() == fine.get_ylim()
+    x, y = (np.asarray(each) * 0.5 for each in (sdata["spots"].geometry.x, sdata["spots"].geometry.y))
+    radius = float(sdata["spots"]["radius"].iloc[0]) * 0.5
+    (left, right), (bottom, top) = spots.get_xlim(), spots.get_ylim()
+    assert left <= x.min() - radius + 0.1
+    assert right >= x.max() + radius - 0.1
+    assert top <= y.min() - radius + 0.1
+    assert bottom >= y.max() + radius - 0.1
+
+
+def test_counts_of_spots_and_superpixels_have_scales_of_their_own(sdata):
+    table = sdata["tesla_superpixels"].copy()
+    table.uns["hespotex"]["tesla"]["unit"] = "counts"
+    other = type(sdata).init_from_elements(
+        {**{name: each for _, name, each in sdata.gen_spatial_elements()}, "table": sdata["table"], "t": table}
+    )
+    panels = [ax for ax in hx.pl.superresolution(other, "TUMOUR1", crop_um=100).axes if ax.get_title()]
+    assert panels[0].collections[0].get_clim() != panels[1].images[0].get_clim()
+
+
+def test_spots_that_hold_no_counts_are_refused(sdata):
+    other = type(sdata).init_from_elements(
+        {name: each for _, name, each in sdata.gen_spatial_elements()}
+        | {"table": sdata["table"].copy(), "tesla_superpixels": sdata["tesla_superpixels"]}
+    )
+    other["table"].X = other["table"].X * 0.3
+    with pytest.raises(CountsError, match="not whole numbers"):
+        hx.pl.superresolution(other, "TUMOUR1")
+
+
 def test_superresolution_names_what_is_wrong(sdata):
     with pytest.raises(MissingKeyError, match="not predicted"):
         hx.pl.superresolution(sdata, "NOPE")
@@ -74,6 +114,12 @@ def test_nuclei_are_drawn_by_feature_and_by_type(sdata):
     table.obs["kind"] = np.where(np.arange(table.n_obs) % 2, "odd", "even")
     figure = hx.pl.nuclei(sdata, "kind", table_key="nuclei_features", crop_um=200)
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["even", "odd"]
+    table.obs["cluster"] = np.arange(table.n_obs) % 12
+    table.obs["cluster"] = table.obs["cluster"].astype(str).astype("category")
+    figure = hx.pl.nuclei(sdata, "cluster", table_key="nuclei_features", crop_um=None)
+    legend = figure.axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == list(map(str, range(12)))
+    assert len({handle.get_color() for handle in legend.legend_handles}) == 12
 
 
 def test_nuclei_name_what_is_wrong(sdata):

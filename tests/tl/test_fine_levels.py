@@ -265,6 +265,23 @@ def test_aggregation_of_logarithms_is_a_mean(section):
     assert np.nanmax(values) <= fine.max() + 1e-6
 
 
+def test_values_that_are_no_counts_are_not_summed_as_such(section):
+    hx.pp.segment_nuclei(section, progress_bar=False)
+    found = hx.tl.aggregate(section, "nuclei_features", "spots", copy=True)
+    assert found.uns["hespotex"]["nuclei_features"]["unit"] == "unknown"
+    area = section["nuclei_features"][:, "area_um2"].X.ravel()
+    known = found[:, "area_um2"].X[found.obs["nuclei_features_coverage"].to_numpy() > 0]
+    assert known.min() >= area.min()
+    assert known.max() <= area.max()
+    with pytest.raises(DataValueError, match="'unknown', of which sums mean nothing"):
+        hx.tl.aggregate(section, "nuclei_features", "spots", how="sum")
+    counted = section["nuclei_features"][:, ["area_um2"]].copy()
+    counted.X = np.ones_like(counted.X)
+    section["counted"] = counted
+    sums = hx.tl.aggregate(section, "counted", "spots", copy=True)
+    np.testing.assert_array_equal(sums.X.ravel(), sums.obs["counted_coverage"])
+
+
 def test_aggregation_names_what_is_wrong(section, linear):
     with pytest.raises(MissingKeyError, match=r"did you mean one of \['morphology_superpixels'\]"):
         hx.tl.aggregate(section, "superpixels", "spots")
@@ -308,7 +325,9 @@ def test_nuclei_are_reconciled_with_a_layer_of_counts(section):
     hx.tl.reconcile(section, "ridge_parts_nuclei", counts_layer="raw", key_added="exact")
     sums = hx.tl.aggregate(section, "exact_nuclei", "spots", copy=True)
     held = (sums.obs["exact_coverage"] > 0).to_numpy()
-    np.testing.assert_allclose(sums.X[held], section["table"][:, sums.var_names].layers["raw"].toarray()[held], atol=1e-3)
+    np.testing.assert_allclose(
+        sums.X[held], section["table"][:, sums.var_names].layers["raw"].toarray()[held], atol=1e-3
+    )
 
 
 def test_reconciling_names_what_is_wrong(section, linear):
@@ -338,6 +357,12 @@ def test_merged_spots_count_what_theirs_counted(section):
     assert merged["fine_table"].n_obs == section["table"].n_obs
     hx.tl.predict(merged, "interpolate", genes=GENES, parts_key="fine")
     assert merged["interpolate_fine"].n_obs == section["table"].n_obs
+
+
+def test_a_model_of_the_fine_section_does_not_answer_for_the_coarse_one(section):
+    section.attrs["hespotex"] = {"model": "somewhere.hx", "patient": "p"}
+    assert hx.tl.coarsen(section, merge=2).attrs["hespotex"] == {"patient": "p"}
+    assert section.attrs["hespotex"]["model"] == "somewhere.hx"
 
 
 def _fours(section):

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _PAIRS_AT_ONCE = 500_000
+_COLUMNS_AT_ONCE = 64
 
 
 def aggregate(
@@ -51,8 +52,12 @@ def aggregate(
     """
     if share.shape[1] != values.shape[0]:
         raise DataValueError(f"share has {share.shape[1]} parts, values has {values.shape[0]} rows")
-    total = share @ values
-    total = total.toarray() if sparse.issparse(total) else np.asarray(total)
+    if sparse.issparse(values):
+        total = (share @ values).toarray()
+    else:
+        total = np.empty((share.shape[0], *values.shape[1:]), dtype=np.result_type(share.dtype, values.dtype))
+        for some in _pieces(values.shape[-1], _COLUMNS_AT_ONCE):  # scipy casts what it multiplies by as a whole
+            total[..., some] = share @ values[..., some]
     if how == "sum":
         return total
     if how != "mean":

@@ -126,13 +126,14 @@ class Scaler:
     inverse: np.ndarray
 
     @classmethod
-    def fit(cls, sections: Sequence[Section]) -> Self:
-        """Read all features once, in row blocks."""
+    def fit(cls, sections: Sequence[Section], chosen: Sequence[np.ndarray] | None = None) -> Self:
+        """Read all features once, in row blocks; of each section only the observations `chosen`, (n,) bool, count."""
         shift = read_features(sections[0], slice(0, _READ_ROWS)).mean(axis=0, dtype=np.float64)
         n, total, square = 0, np.zeros_like(shift), np.zeros_like(shift)
-        for section in sections:
+        for index, section in enumerate(sections):
             for rows in row_blocks(section.n_obs, _READ_ROWS):
                 x = read_features(section, rows) - shift  # without the shift the sum of squares would cancel
+                x = x if chosen is None else x[chosen[index][rows]]
                 n, total, square = n + len(x), total + x.sum(axis=0), square + (x * x).sum(axis=0)
         variance = square / n - (total / n) ** 2
         varies = variance > 1e-10 * np.maximum(square / n, 1e-30)

@@ -15,8 +15,10 @@ from ..data.section import Prediction, Section
 from ..data.units import check_unit
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
-from ._inner import Scaler, gene_correlation, inner_folds, of_shape, read_features, row_blocks
+from ._inner import gene_correlation, inner_folds, of_shape, row_blocks
 from ._registry import register
+from ._rows import RowBatches, mark_of
+from ._standardize import Standardize, Standardizer
 from ._training import Fit, fit_lightning, forget_checkpoints
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ __all__ = ["BLEEP", "BLEEPConfig"]
 
 Answer = Literal["average", "simple", "weighted"]
 Stopping = Literal["fixed", "random", "inner"]
-Standardize = Literal["none", "global", "section"]
 
 _CHOICE, _FINAL = "bleep-choice", "bleep-final"
 _READ_ROWS = 4096
@@ -105,7 +106,7 @@ class BLEEPConfig:
 
 # As published, as far as it applies to frozen embeddings; expression is not aligned with that of the test section.
 _PAPER = BLEEPConfig(
-    gene_selection={"method": "hvg", "n_top": 1000},
+    gene_selection={"method": "hvg", "n_top": 1000, "min_spots_fraction": 0.0},
     standardize="none",
     scale_genes=False,
     max_epochs=4,
@@ -165,8 +166,8 @@ class BLEEP(Model[BLEEPConfig]):
     def _fit(self, sections: Sequence[Section], run: Run) -> None:
         """Choose the number of epochs, train both heads, and project the expression of all training spots."""
         config = self.config
-        self._scaler = Scaler.fit(sections) if config.standardize != "none" else None
-        features = np.concatenate([self._read(section, self._centre(section)) for section in sections])
+        self._embedding = Standardizer.fit(sections, config.standardize)
+        features = self._embedding.read_all(sections)
         self._bank = np.concatenate([section.require_targets()[:] for section in sections])
         if not np.isfinite(self._bank).all():
             raise DataValueError("the measured expression holds values that are NaN or infinite; leave those genes out")
@@ -218,17 +219,16 @@ class BLEEP(Model[BLEEPConfig]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             heads = self._build()
-        image, expression = torch.from_numpy(features), torch.from_numpy(self._bank)
-        shuffled = torch.from_numpy(np.random.default_rng(run.seed).permutation(kept))
-        bank = (image[kept], expression[kept])
+        batches = RowBatches(kept, self.config.batch, epochs, run.seed)
         fit = fit_lightning(
-            _step(self, heads, bank),
-            [(image[rows], expression[rows]) for rows in shuffled.split(self.config.batch)],
+            _step(self, heads, features, kept),
+            batches,
             run,
             max_epochs=epochs,
-            validation=[(image[rows], expression[rows]) for rows in held],
+            validation=[torch.from_numpy(rows) for rows in held],
             monitor=monitor,
             mode=mode,
+            visit=batches.visit,
             name=name,
         )
         return heads, fit
@@ -263,25 +263,13 @@ class BLEEP(Model[BLEEPConfig]):
             ]
         self._keys = np.concatenate(blocks)
 
-    def _centre(self, section: Section) -> np.ndarray | float:
-        """What embeddings of a section are taken relative to, after scaling."""
-        if self._scaler is None or self.config.standardize == "global":
-            return 0.0
-        blocks = row_blocks(section.n_obs, _READ_ROWS)
-        total = sum(self._scaler(read_features(section, rows)).sum(axis=0, dtype=np.float64) for rows in blocks)
-        return np.asarray(total / section.n_obs, dtype=np.float32)
-
-    def _read(self, section: Section, centre: np.ndarray | float, rows: slice = slice(None)) -> np.ndarray:
-        """Embeddings of some spots as the head takes them, (n, d) float32."""
-        features = read_features(section, rows)
-        return features if self._scaler is None else self._scaler(features) - centre
-
     def predict_blocks(self, section: Section, *, block_rows: int = 8192) -> Iterator[Prediction]:
         """Yield what the retrieved training spots answer."""
         import torch
 
         self._check_section(section)
-        device, centre = resolve_device(), self._centre(section)
+        self._embedding.warn_if_few(section)
+        device, centre = resolve_device(), self._embedding.centre(section)
         keys = torch.from_numpy(self._keys).to(device)
         self._heads.to(device)
         try:
@@ -289,13 +277,17 @@ class BLEEP(Model[BLEEPConfig]):
                 answers = []
                 for part in row_blocks(block.stop - block.start, _QUERY_ROWS):
                     rows = slice(block.start + part.start, block.start + part.stop)
+                    image = torch.from_numpy(self._embedding.read(section, centre, rows)).to(device)
                     with torch.inference_mode():
-                        query = self._heads["image"](torch.from_numpy(self._read(section, centre, rows)).to(device))
-                        found, weights = retrieve(query, keys, self.config.retrieved, self.config.answer)
-                    answers.append(_weighted_mean(self._bank, found.cpu().numpy(), weights.cpu().numpy()))
+                        answers.append(self._answer(self._heads["image"](image), keys, self._bank))
                 yield Prediction(np.asarray(section.ids)[block], self.genes, self.unit, np.concatenate(answers))
         finally:
             self._heads.cpu()
+
+    def _answer(self, query: Tensor, keys: Tensor, bank: np.ndarray) -> np.ndarray:
+        """Weighted mean of the rows of `bank` whose keys lie nearest to each query, (n, G) float32."""
+        found, weights = retrieve(query, keys, self.config.retrieved, self.config.answer)
+        return _weighted_mean(bank, found.cpu().numpy(), weights.cpu().numpy())
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Heads, scales, and the expression of the training spots with its projection."""
@@ -306,14 +298,13 @@ class BLEEP(Model[BLEEPConfig]):
             "gene_mean": self._gene_mean,
             "gene_inverse": self._gene_inverse,
         }
-        scaling = {} if self._scaler is None else self._scaler.state()
-        return {**weights, **arrays, **scaling}, {"epochs": self.epochs}
+        return {**weights, **arrays, **self._embedding.state()}, {"epochs": self.epochs}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
         import torch
 
-        self._scaler = Scaler.from_state(arrays) if self.config.standardize != "none" else None
+        self._embedding = Standardizer.from_state(arrays, self.config.standardize)
         self._bank = of_shape(arrays["expression"], (None, len(self.genes)), "expression")
         self._keys = of_shape(arrays["keys"], (len(self._bank), self.config.width), "keys")
         self._gene_mean = of_shape(arrays["gene_mean"], (len(self.genes),), "gene_mean")
@@ -405,33 +396,40 @@ def _head(n_inputs: int, width: int, dropout: float) -> nn.Module:
     return Head()
 
 
-def _step(model: BLEEP, heads: nn.ModuleDict, bank: tuple[Tensor, Tensor]) -> Any:
+def _step(model: BLEEP, heads: nn.ModuleDict, features: np.ndarray, kept: np.ndarray) -> Any:
+    """Module for :func:`~hespotex.models._training.fit_lightning` over row numbers, trained on the rows `kept`."""
     lightning = optional_import("lightning.pytorch", feature="training bleep")
     import torch
 
-    config = model.config
+    config, bank = model.config, model._bank[kept]
 
     class Step(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.heads = heads
-            self.settings = repr(config)  # told apart when an interrupted fit is taken up
+            # Buffers, so that they move to the device at once; not kept in checkpoints, which are known by the mark.
+            self.register_buffer("features", torch.from_numpy(features), persistent=False)
+            self.register_buffer("expression", torch.from_numpy(model._bank), persistent=False)
+            self.register_buffer("kept", torch.from_numpy(kept), persistent=False)
+            self.mark = mark_of((self.features, self.expression, self.kept), config)
+            self.judged_by = f"{config.retrieved}, {config.answer}"
 
-        def projections(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            image, expression = batch
-            return self.heads["image"](image), self.heads["expression"](model._scaled(expression))
+        def loss(self, rows: torch.Tensor) -> torch.Tensor:
+            image = self.heads["image"](self.features[rows])
+            return contrastive_loss(image, self.keys(rows), config.temperature)
 
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return contrastive_loss(*self.projections(batch), config.temperature)
+        def keys(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.heads["expression"](model._scaled(self.expression[rows]))
 
-        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, float]:
-            image, measured = batch
-            pieces = zip(image.split(config.batch), measured.split(config.batch), strict=True)
-            losses = [float(contrastive_loss(*self.projections(piece), config.temperature)) for piece in pieces]
-            keys = self.heads["expression"](model._scaled(bank[1].to(image.device)))
-            found, weights = retrieve(self.heads["image"](image), keys, config.retrieved, config.answer)
-            answers = _weighted_mean(bank[1].numpy(), found.cpu().numpy(), weights.cpu().numpy())
-            r = gene_correlation(measured.cpu().numpy(), answers)
+        def training_step(self, rows: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.loss(rows)
+
+        def validation_step(self, rows: torch.Tensor, batch_idx: int) -> dict[str, float]:
+            losses = [float(self.loss(piece)) for piece in rows.split(config.batch)]
+            keys = torch.cat([self.keys(piece) for piece in self.kept.split(_READ_ROWS)])
+            queries = (self.heads["image"](self.features[piece]) for piece in rows.split(_QUERY_ROWS))
+            answers = np.concatenate([model._answer(query, keys, bank) for query in queries])
+            r = gene_correlation(self.expression[rows].cpu().numpy(), answers)
             score = float(np.nanmean(r)) if np.isfinite(r).any() else float("nan")
             return {"loss": float(np.mean(losses)), "pearson": score}
 

@@ -140,9 +140,10 @@ class RidgeParts(Model[RidgePartsConfig]):
         """Choose the penalty on held-out training spots, then fit on all of them."""
         self.unit = self.config.unit
         features = [_features(section) for section in sections]
-        scaler = Scaler.fit(features)
-        covered = [np.asarray(section.require_parts().share.sum(axis=1)).ravel() for section in sections]
+        shares = [section.require_parts().share for section in sections]
+        covered = [np.asarray(share.sum(axis=1)).ravel() for share in shares]
         depths = _depths(sections, covered, self.config.depth)
+        scaler = Scaler.fit(features, [np.asarray(share.sum(axis=0)).ravel() > 0 for share in shares])
         pooled = [_pooled(*each, scaler) for each in zip(sections, features, covered, depths, strict=True)]
 
         def moments(rows_of_section: Mapping[int, np.ndarray]) -> Moments:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._keys import Keys
-from ..data.counts import counts_of, library_size
+from ..data.counts import check_counts, counts_of, library_size
 from ..data.geometry import (
     Slide,
     find_image_key,
@@ -22,7 +22,7 @@ from ..data.stored import find_prediction, read_prediction
 from ..data.tables import resolve_table, row_positions
 from ..data.units import normalize
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
-from ._common import UNIT_LABELS, axes_array, figure_of, save_figure
+from ._common import PALETTE, UNIT_LABELS, axes_array, figure_of, save_figure
 from ._spatial import ROBUST
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = ["nuclei", "superresolution"]
 
 _CROP_UM = 400.0
 _PANEL_PX = 800  # finest pixels of the H&E that a panel shows
+_ON_TISSUE = (*(colour for colour in PALETTE if colour != "#CC79A7"), "#000000")  # pink is lost on eosin
 _MAX_OUTLINES = 50_000  # more nuclei in a window are drawn as points
 
 
@@ -71,8 +72,8 @@ def superresolution(
     """Draw genes at the spots that were measured, as fine maps, and close up beside the H&E.
 
     Each row shows one gene: the measured spots, the prediction at superpixels, the H&E of a small window, and the
-    prediction there. A frame marks the window on the maps. Spots and superpixels have scales of their own, since a
-    spot holds many superpixels.
+    prediction there. A frame marks the window on the maps. Spots and superpixels share a colour scale, but for counts,
+    of which a spot holds those of many superpixels.
 
     Parameters
     ----------
@@ -113,6 +114,8 @@ def superresolution(
         If the prediction or a gene is not there.
     DataValueError
         If the prediction is not one of superpixels.
+    CountsError
+        If the table of the spots holds no raw counts.
 
     Examples
     --------
@@ -146,9 +149,10 @@ def superresolution(
     spots = _spots(sdata, slide, names, stored.unit, spots_table_key, counts_layer)
     values = np.asarray(image.values)
     window = _window(values[0], whole, size, centre_um, crop_um)
+    overview = whole if spots is None else _around(whole, spots)
     columns = 4 if spots is not None else 3
     if ax is None:
-        height = panel_size * float(np.clip(whole.height / whole.width, 0.4, 2.5))
+        height = panel_size * float(np.clip(overview.height / overview.width, 0.4, 2.5))
         figure, grid_axes = plt.subplots(
             len(names),
             columns,
@@ -164,24 +168,28 @@ def superresolution(
     picture = _picture(slide, window)
     for index, (gene, row) in enumerate(zip(names, axes, strict=True)):
         panels = list(row)
+        norm = _norm(values[index])
         if spots is not None:
             panel = panels.pop(0)
             shown = spots.values[:, index]
-            norm = _norm(shown)
-            _draw_spots(panel, spots, shown, norm, cmap, whole)
+            if stored.unit == "counts":
+                spots_norm = _norm(shown)
+            else:
+                norm = spots_norm = _joint(norm, _norm(shown)) if np.isfinite(shown).any() else norm
+            _draw_spots(panel, spots, shown, spots_norm, cmap)
+            _show(panel, overview)
             _frame(panel, window)
             panel.set_title(f"{gene}, measured at {len(shown)} spots", fontsize=9)
-            _bar(figure, panel, norm, cmap, label)
-        norm = _norm(values[index])
+            _bar(figure, panel, spots_norm, cmap, label)
         panels[0].imshow(values[index], extent=whole.extent, norm=norm, cmap=cmap, interpolation="nearest")
+        _show(panels[0], overview)
         _frame(panels[0], window)
         panels[0].set_title(f"{gene}, {key} at {size:g} µm", fontsize=9)
         _bar(figure, panels[0], norm, cmap, f"{label} per superpixel" if stored.unit == "counts" else label)
         panels[1].imshow(picture, extent=window.extent)
         panels[1].set_title(f"H&E, {window.width:g} µm", fontsize=9)
         panels[2].imshow(values[index], extent=whole.extent, norm=norm, cmap=cmap, interpolation="nearest")
-        panels[2].set_xlim(window.left, window.left + window.width)
-        panels[2].set_ylim(window.top + window.height, window.top)
+        _show(panels[2], window)
         panels[2].set_title(f"{gene}, close up", fontsize=9)
         for panel in row:
             panel.set_aspect("equal")
@@ -296,8 +304,7 @@ def nuclei(
     else:
         axes[1].scatter(*centres[inside].T, c=colours, s=1, alpha=alpha, linewidths=0)
     for panel in axes:
-        panel.set_xlim(window.left, window.left + window.width)
-        panel.set_ylim(window.top + window.height, window.top)
+        _show(panel, window)
         panel.set_aspect("equal")
         panel.set_xlabel("x (µm)", fontsize=8)
         panel.set_ylabel("y (µm)", fontsize=8)
@@ -376,9 +383,15 @@ def _spots(
     columns = table.adata.var_names.get_indexer(list(genes))
     if table.adata.X is None or (columns < 0).all():
         return None
-    shapes_key = table.regions[0]
+    regions = list(table.regions)
+    if len(regions) > 1:  # of several slides
+        regions = [own for own in regions if find_image_key(sdata, None, shapes_key=own) == slide.key]
+    if not regions:
+        return None
+    shapes_key = regions[0]
     rows, positions = row_positions(sdata, table, shapes_key)
     counts = counts_of(table.adata, counts_layer, f"table {table.key!r}")
+    check_counts(counts, f"table {table.key!r}")
     values = np.full((len(rows), len(genes)), np.nan, dtype=np.float32)
     values[:, columns >= 0] = normalize(counts[:, columns[columns >= 0]], library_size(counts), unit)[rows]
     outlines = shape_geometries(sdata, shapes_key, slide).iloc[positions]
@@ -386,9 +399,22 @@ def _spots(
     return _Spots(shape_centres(sdata, shapes_key, slide)[positions] * slide.mpp, diameter, values)
 
 
-def _draw_spots(
-    ax: Axes, spots: _Spots, values: np.ndarray, norm: Normalize, cmap: str | Colormap, whole: _Window
-) -> None:
+def _around(whole: _Window, spots: _Spots) -> _Window:
+    """The part of the slide that holds all superpixels and all spots."""
+    radius = spots.diameter / 2
+    left, top = np.minimum(spots.centres.min(axis=0) - radius, (whole.left, whole.top)).tolist()
+    far = (whole.left + whole.width, whole.top + whole.height)
+    right, bottom = np.maximum(spots.centres.max(axis=0) + radius, far).tolist()
+    return _Window(left, top, right - left, bottom - top)
+
+
+def _show(ax: Axes, window: _Window) -> None:
+    """Show a part of the slide, y downwards."""
+    ax.set_xlim(window.left, window.left + window.width)
+    ax.set_ylim(window.top + window.height, window.top)
+
+
+def _draw_spots(ax: Axes, spots: _Spots, values: np.ndarray, norm: Normalize, cmap: str | Colormap) -> None:
     from matplotlib.collections import EllipseCollection
 
     size = np.full(len(values), spots.diameter)
@@ -406,8 +432,6 @@ def _draw_spots(
             linewidths=0,
         )
     )
-    ax.set_xlim(whole.left, whole.left + whole.width)
-    ax.set_ylim(whole.top + whole.height, whole.top)
 
 
 def _window(
@@ -484,6 +508,11 @@ def _norm(values: np.ndarray) -> Normalize:
     return Normalize(low, high if high > low else low + 1.0)
 
 
+def _joint(one: Normalize, other: Normalize) -> Normalize:
+    """A scale that spans two."""
+    return type(one)(min(one.vmin, other.vmin), max(one.vmax, other.vmax))  # type: ignore[type-var]
+
+
 def _bar(figure: Figure, ax: Axes, norm: Normalize, cmap: str | Colormap, label: str) -> None:
     import matplotlib.pyplot as plt
 
@@ -534,11 +563,13 @@ def _colour_of(sdata: SpatialData, table_key: str, key: str | None, color: str) 
 def _colours(values: np.ndarray, cmap: str | Colormap) -> tuple[np.ndarray, dict[str, tuple], Normalize | None]:
     """A colour for each nucleus, and a legend (of categories) or a scale (of numbers)."""
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgba
 
     if values.dtype.kind in "OUSb":
-        names = sorted(set(map(str, values)))
-        palette = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
-        legend = {name: palette(index % palette.N) for index, name in enumerate(names)}
+        names = sorted(set(map(str, values)), key=lambda name: (not name.isdigit(), len(name) * name.isdigit(), name))
+        many = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+        palette = _ON_TISSUE if len(names) <= len(_ON_TISSUE) else many
+        legend = {name: to_rgba(palette[index % len(palette)]) for index, name in enumerate(names)}
         return np.array([legend[str(value)] for value in values]), legend, None
     numbers = values.astype(np.float64)
     norm = _norm(numbers)

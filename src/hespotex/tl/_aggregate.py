@@ -48,7 +48,8 @@ def aggregate(
     to_
         Shapes to gather into: spots (circles), nuclei, or regions of any outline.
     key
-        Prediction in the table `from_`; may be left out where there is one. A table without predictions gives its ``X``.
+        Prediction in the table `from_`; may be left out where there is one. A table without predictions gives its ``X``:
+        counts, or values whose unit is not known, such as features of nuclei.
     how
         ``"sum"``, or ``"mean"`` of what lies inside (NaN where nothing does). By default sums of counts and means of
         every other unit, as sums of logarithms mean nothing.

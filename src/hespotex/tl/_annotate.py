@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["annotate", "grid_of"]
 
 _COMPONENTS = 50
+_SAMPLE = 20_000  # rows that principal components are found on
+_ROWS_AT_ONCE = 8192
 
 
 def annotate(
@@ -51,8 +53,9 @@ def annotate(
 
     With `markers`, each cell takes the type whose markers it expresses most: every marker is scaled to [0, 1] over the
     section, a type's score is the mean over its markers. With ``method="self_labelling"``, a small network divides the
-    superpixels by colour and markers into areas, anew for each type, and the areas where the markers are high are the type's. With `n_clusters`, cells are clustered by expression; on a grid
-    of superpixels the maps are smoothed before and small patches merged after, so that clusters are areas.
+    superpixels by colour and markers into areas, anew for each type, and the areas where the markers are high are the
+    type's. With `n_clusters`, cells are clustered by expression; on a grid of superpixels the maps are smoothed before
+    and small patches merged after, so that clusters are areas.
 
     Labels rest on predictions. Superpixels lean on their neighbours and on a few spots: no p-value is given, and none
     should be computed from their number. For statistics between areas see :func:`hespotex.tl.regions`.
@@ -72,7 +75,7 @@ def annotate(
     threshold
         Least score of a type; below it a cell is ``"Unclassified"``.
     num_required
-        For self-labelling, how many of the markers must be high.
+        For self-labelling, how many of a type's markers must be high: all of them where it has fewer.
     smooth
         Standard deviation of the smoothing before clustering, in superpixels; 0 for none.
     min_size
@@ -211,6 +214,10 @@ def _by_areas(
             )
         values = np.nan_to_num(stored.values[:, known])
         values = np.log1p(np.maximum(values, 0)) if stored.unit == "counts" else values
+        if flat := [
+            str(stored.genes[gene]) for gene, each in zip(known, values.T, strict=True) if not np.ptp(each) > 0
+        ]:
+            raise DataValueError(f"cell type {name!r}: the markers {flat} are the same everywhere; leave them out")
         both = bands(colour, meta_expression(values, min(num_required, len(known))), grid)
         labels = self_label(both.image, seed=seed).labels
         targets, means = target_clusters(labels, both.image[..., 1], tissue=both.tissue)
@@ -236,20 +243,35 @@ def _by_clusters(
 
 
 def _components(stored: StoredPrediction, seed: int) -> np.ndarray:
-    """Principal components of the expression, (m, k): of the composition where it is counts, NaN rows kept."""
+    """Principal components of the expression, (m, k): of the composition where it is counts, NaN rows kept.
+
+    They are found on a sample of the rows and taken of all of them block by block: copies of a map as large as the
+    prediction would not fit beside it.
+    """
     from sklearn.decomposition import PCA
 
-    values = np.asarray(stored.values, dtype=np.float32)
-    inside = np.isfinite(values).all(axis=1)
-    kept = values[inside]
-    if stored.unit == "counts":
-        total = kept.sum(axis=1, keepdims=True)
-        kept = np.log1p(np.maximum(kept, 0) * np.divide(1e4, total, out=np.zeros_like(total), where=total > 0))
-    size = min(_COMPONENTS, *kept.shape)
-    if size < kept.shape[1]:
-        kept = PCA(n_components=size, random_state=seed).fit_transform(kept)
-    out = np.full((len(values), kept.shape[1]), np.nan, dtype=np.float32)
-    out[inside] = kept
+    values = np.asarray(stored.values)
+    starts = range(0, len(values), _ROWS_AT_ONCE)
+    inside = np.flatnonzero(
+        np.concatenate([np.isfinite(values[start : start + _ROWS_AT_ONCE]).all(axis=1) for start in starts])
+    )
+
+    def prepared(rows: np.ndarray) -> np.ndarray:
+        some = values[rows].astype(np.float32)
+        if stored.unit != "counts":
+            return some
+        total = some.sum(axis=1, keepdims=True)
+        return np.log1p(np.maximum(some, 0) * np.divide(1e4, total, out=np.zeros_like(total), where=total > 0))
+
+    size = min(_COMPONENTS, len(inside), values.shape[1])
+    fitted = None
+    if 0 < size < values.shape[1]:
+        sample = np.sort(np.random.default_rng(seed).permutation(inside)[:_SAMPLE])
+        fitted = PCA(n_components=size, random_state=seed).fit(prepared(sample))
+    out = np.full((len(values), values.shape[1] if fitted is None else size), np.nan, dtype=np.float32)
+    for start in range(0, len(inside), _ROWS_AT_ONCE):
+        rows = inside[start : start + _ROWS_AT_ONCE]
+        out[rows] = prepared(rows) if fitted is None else fitted.transform(prepared(rows))
     return out
 
 
@@ -292,9 +314,10 @@ def _grid_and_colour(data: SpatialData | AnnData, table_key: str | None) -> tupl
 
 def _check_free(adata: AnnData, key: str) -> None:
     """Raise if labels would replace what :func:`annotate` did not make."""
-    names = (key, Keys.derived(key, "score"))
-    held = [name for name in names if name in adata.obs]
+    scores = Keys.derived(key, "scores")
+    held = [f"obs[{name!r}]" for name in (key, Keys.derived(key, "score")) if name in adata.obs]
+    held += [f"obsm[{scores!r}]"] * (scores in adata.obsm)
     if held and read_record(adata, key).get("created_by") != "hespotex.tl.annotate":
         raise DataValueError(
-            f"labels under {key!r} would replace obs[{held[0]!r}], which annotate did not make; choose another key_added="
+            f"labels under {key!r} would replace {held[0]}, which annotate did not make; choose another key_added="
         )

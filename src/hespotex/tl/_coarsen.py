@@ -216,7 +216,10 @@ def _assemble(
     for name in (Keys.TISSUE, Keys.TISSUE_LAZYSLIDE):
         if name in sdata.shapes:
             elements[name] = sdata.shapes[name]
-    return SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))
+    attrs = {**sdata.attrs}
+    if Keys.NAMESPACE in attrs:  # a model of the fine section has seen the truth; it shall not answer here
+        attrs[Keys.NAMESPACE] = {name: value for name, value in attrs[Keys.NAMESPACE].items() if name != "model"}
+    return SpatialData.init_from_elements(elements, attrs=attrs)
 
 
 def _centroids(shapes: Any) -> np.ndarray:

@@ -10,24 +10,27 @@ from scipy import sparse
 
 from .._keys import Keys
 from .._logging import logger
+from ..data.counts import check_counts
 from ..data.geometry import Slide, shape_centres
 from ..data.parts import Observed, share_matrix
 from ..data.provenance import record
 from ..data.stored import prediction_keys, read_prediction
 from ..data.tables import AnnotatedTable, mark_table, resolve_table, table_role
-from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
+from ..errors import AmbiguousKeyError, CountsError, DataTypeError, DataValueError, MissingKeyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["new_table", "note", "share_of", "source_of", "write_table"]
+__all__ = ["UNKNOWN", "new_table", "note", "share_of", "source_of", "write_table"]
+
+UNKNOWN = "unknown"  # unit of values that are neither a prediction nor counts, such as features of nuclei
 
 
 def source_of(
     sdata: SpatialData, from_: str, key: str | None
 ) -> tuple[AnnotatedTable, np.ndarray | sparse.csr_array, list[str], str, str]:
-    """Table, values (n, G), genes, unit and name of what is gathered."""
+    """Table, values (n, G), genes, unit (:data:`UNKNOWN` for an ``X`` that is no counts) and name of what is gathered."""
     if not hasattr(sdata, "shapes"):
         raise DataTypeError(
             f"sdata must be a SpatialData, got {type(sdata).__name__}: it holds the shapes of both levels"
@@ -47,6 +50,10 @@ def source_of(
             raise MissingKeyError(f"table {from_!r} holds neither a prediction nor values in X")
         values = source.adata.X
         plain = sparse.csr_array(values) if sparse.issparse(values) else np.asarray(values)
+        try:
+            check_counts(plain)
+        except CountsError:
+            return source, plain, list(source.adata.var_names), UNKNOWN, from_
         return source, plain, list(source.adata.var_names), "counts", from_
     name = key or keys[0]
     stored = read_prediction(source.adata, name)

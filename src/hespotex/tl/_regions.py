@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..annotation.clusters import kmeans
 from ..annotation.core_edge import core_edge
 from ..annotation.tls import tls_score as score_of_scores
 from ..data.counts import check_counts, counts_of, library_size
-from ..data.geometry import find_image_key, resolve_slide, shape_centres
+from ..data.geometry import Slide, find_image_key, resolve_slide, shape_centres, shape_geometries, shape_radii
 from ..data.parts import Observed, share_matrix
 from ..data.provenance import read_record, record
 from ..data.tables import AnnotatedTable, is_derived, resolve_table, row_positions
@@ -32,6 +32,7 @@ __all__ = ["rank_regions", "regions", "tls_score"]
 
 OUTSIDE, EDGE, CORE = "outside", "edge", "core"
 _MIN_SPOTS = 3
+_GENES_AT_ONCE = 1000
 
 
 def regions(
@@ -76,7 +77,8 @@ def regions(
     image_key
         Image that cells and spots lie on; may be left out where there is only one.
     spots_table_key
-        Table of the spots; may be left out where there is one. Without spots only the cells are labelled.
+        Table of the spots; may be left out where there is one. Without spots only the cells are labelled. Spots on
+        other slides have no region.
     key_added
         Name of the result; ``"<labels>_region"`` or ``"<labels>_niche"`` by default.
     seed
@@ -87,8 +89,8 @@ def regions(
     ``None``; written to the table of the cells and, where there is one, to that of the spots:
 
     ``obs["<key_added>"]`` : categorical
-        ``"core"``, ``"edge"``, ``"outside"``, or the number of the niche, 0 the largest. Spots of which less than half
-        lies on cells have none.
+        ``"core"``, ``"edge"``, ``"outside"``, or the number of the niche, 0 the largest. Spots have none where no
+        region has more than half of the cells that they cover, or where less than half of them lies on superpixels.
     ``obs["<key_added>_component"]``, ``obs["<key_added>_depth_um"]``
         Of cells, with `target`: connected piece (0 the largest, −1 outside) and distance from the border.
 
@@ -130,7 +132,7 @@ def regions(
         )
     key_added = key_added or f"{labels}_{'region' if target is not None else 'niche'}"
     check_key(key_added)
-    _check_free(adata, key_added)
+    _check_free(adata, key_added, ("component", "depth_um") if target is not None else ())
     names = adata.obs[labels].astype(object).where(adata.obs[labels].notna(), "").astype(str).to_numpy()
     params: dict[str, object]
     if target is not None:
@@ -145,16 +147,18 @@ def regions(
         found = np.where(niche >= 0, niche.astype(str), "")
         categories = [str(number) for number in range(int(niche.max()) + 1)]
         params, extra = {"n_niches": n_niches, "radius_um": radius_um}, {}
+    spots = _spots(sdata, spots_table_key)
+    if spots is not None:
+        _check_free(spots.adata, key_added)
+        code = pd.Index(categories).get_indexer(pd.Index(found, dtype=object))
+        of_spots = _of_spots(sdata, spots, table, code, categories, image_key)
     column = pd.Series(found, dtype=object, index=adata.obs_names)
     adata.obs[key_added] = pd.Categorical(column.where(column != "", None), categories=pd.Index(categories))
     for what, values in extra.items():
         adata.obs[Keys.derived(key_added, what)] = values
     record(adata, key_added, kind="regions", labels=labels, params=params, created_by="hespotex.tl.regions")
-    spots = _spots(sdata, spots_table_key)
     if spots is not None:
-        _check_free(spots.adata, key_added)
-        code = np.array([categories.index(name) if name else -1 for name in found])
-        spots.adata.obs[key_added] = _of_spots(sdata, spots, table, code, categories, image_key)
+        spots.adata.obs[key_added] = of_spots
         record(spots.adata, key_added, kind="regions", labels=labels, params=params, created_by="hespotex.tl.regions")
     logger.info("regions: wrote obs[%r] of %r%s", key_added, table_key, "" if spots is None else f" and {spots.key!r}")
 
@@ -184,7 +188,7 @@ def rank_regions(
     counts_layer
         Raw counts; ``X`` by default.
     groups
-        Regions to compare, such as ``["core", "edge"]``; all by default.
+        Regions to compare, such as ``["core", "edge"]``; all by default. Regions of fewer than three spots are left out.
 
     Returns
     -------
@@ -194,9 +198,11 @@ def rank_regions(
     Raises
     ------
     MissingKeyError
-        If the column is not there.
+        If the column, or a region of `groups` in it, is not there.
     DataValueError
         If fewer than two regions have three spots, or the table is no measurement.
+    CountsError
+        If the table holds no raw counts.
 
     Examples
     --------
@@ -222,31 +228,41 @@ def rank_regions(
     check_counts(counts, "the table of the spots")
     total = library_size(counts)
     named = adata.obs[region].astype(object).where(adata.obs[region].notna(), "").astype(str).to_numpy()
-    chosen = [name for name in (sorted(set(named)) if groups is None else list(groups)) if name]
+    there = sorted(set(named) - {""})
+    chosen = there if groups is None else [groups] if isinstance(groups, str) else list(map(str, groups))
+    if absent := [name for name in chosen if name not in there]:
+        raise MissingKeyError(f"groups={absent} are not in obs[{region!r}], which has {there}")
     kept = np.isin(named, chosen) & (total > 0)
     enough = [name for name in chosen if (named[kept] == name).sum() >= _MIN_SPOTS]
     if len(enough) < 2:
         raise DataValueError(
             f"obs[{region!r}]: {len(enough)} of {chosen} have {_MIN_SPOTS} spots or more; two are needed to compare"
         )
-    values = normalize(counts[np.flatnonzero(kept)], total[kept])
-    named = named[kept]
+    kept &= np.isin(named, enough)
+    counts, total, named = counts[np.flatnonzero(kept)], total[kept], named[kept]
     rows = []
     for name in enough:
-        inside, outside = values[named == name], values[(named != name) & np.isin(named, enough)]
-        p = mannwhitneyu(inside, outside, axis=0).pvalue
-        p = np.where(np.isfinite(p), p, 1.0)  # a gene that is the same everywhere differs nowhere
-        high, low = np.expm1(inside).mean(axis=0), np.expm1(outside).mean(axis=0)
+        found = []
+        for start in range(0, adata.n_vars, _GENES_AT_ONCE):  # ranks of all genes at once would take too much memory
+            values = normalize(counts[:, start : start + _GENES_AT_ONCE], total)
+            inside, outside = values[named == name], values[named != name]
+            p = mannwhitneyu(inside, outside, axis=0).pvalue
+            p = np.where(np.isfinite(p), p, 1.0)  # a gene that is the same everywhere differs nowhere
+            high, low = np.expm1(inside).mean(axis=0), np.expm1(outside).mean(axis=0)
+            change = np.log2((high + 1e-2) / (low + 1e-2))
+            found.append(np.stack([inside.mean(axis=0), outside.mean(axis=0), change, p]))
+        mean_in, mean_out, change, p = np.concatenate(found, axis=1)
+        n_in = int((named == name).sum())
         rows.append(
             pd.DataFrame(
                 {
                     "region": name,
                     "gene": adata.var_names.astype(str),
-                    "n_in": len(inside),
-                    "n_out": len(outside),
-                    "mean_in": inside.mean(axis=0),
-                    "mean_out": outside.mean(axis=0),
-                    "log2_fold_change": np.log2((high + 1e-2) / (low + 1e-2)),
+                    "n_in": n_in,
+                    "n_out": len(named) - n_in,
+                    "mean_in": mean_in,
+                    "mean_out": mean_out,
+                    "log2_fold_change": change,
                     "p_value": p,
                     "p_adjusted": false_discovery_control(p),
                 }
@@ -257,7 +273,7 @@ def rank_regions(
 
 def tls_score(
     sdata: SpatialData,
-    markers: dict[str, Sequence[str]],
+    markers: Mapping[str, Sequence[str]],
     *,
     key: str | None = None,
     table_key: str | None = None,
@@ -310,6 +326,10 @@ def tls_score(
     from ..data.stored import find_prediction
 
     check_key(key_added)
+    if not isinstance(markers, Mapping):
+        raise DataTypeError(f"markers must map each kind of cells to its genes, got {type(markers).__name__}")
+    if not 1 <= num_required <= len(markers):
+        raise DataValueError(f"num_required={num_required!r} must be between 1 and {len(markers)}, the kinds given")
     adata, name, key = find_prediction(sdata, key, table_key)
     _check_free(adata, key_added)
     found = annotate(
@@ -412,10 +432,12 @@ def _of_spots(
     size_um = float(shapes[Keys.SIZE_UM].iloc[0]) if Keys.SIZE_UM in shapes else None
     rows, positions = row_positions(sdata, table, fine)
     region = np.full(spots.adata.n_obs, -1)
+    slide = resolve_slide(sdata, image_key=find_image_key(sdata, image_key, shapes_key=fine))
+    pixels = shape_centres(sdata, fine, slide)[positions]
     for own in spots.regions:
-        slide = resolve_slide(sdata, image_key=find_image_key(sdata, image_key, shapes_key=own))
+        if len(spots.regions) > 1 and find_image_key(sdata, None, shapes_key=own) != slide.key:
+            continue  # spots of another slide
         of_table, shape_of_row = row_positions(sdata, spots, own)
-        pixels = shape_centres(sdata, fine, slide)[positions]
         share = share_matrix(sdata, slide, Observed(own, shape_of_row), fine, positions, pixels, size_um)
         labelled = code[rows] >= 0
         one_hot = sparse.csr_array(
@@ -424,13 +446,26 @@ def _of_spots(
         )
         covered = (share @ one_hot).toarray()
         total = np.asarray(share.sum(axis=1)).ravel()
-        most = covered.argmax(axis=1)
-        region[of_table] = np.where(covered.max(axis=1) > total / 2, most, -1)
+        clear = covered.max(axis=1) > total / 2
+        if size_um is not None:
+            clear &= total >= _areas(sdata, own, slide)[shape_of_row] / (size_um / slide.mpp) ** 2 / 2
+        region[of_table] = np.where(clear, covered.argmax(axis=1), -1)
     return pd.Categorical.from_codes(region, categories=pd.Index(categories))
 
 
-def _check_free(adata: AnnData, key: str) -> None:
+def _areas(sdata: SpatialData, shapes_key: str, slide: Slide) -> np.ndarray:
+    """Area of each of the shapes in level-0 pixels."""
+    radii = shape_radii(sdata, shapes_key, slide)
+    if radii is not None:
+        return np.pi * radii**2
+    return shape_geometries(sdata, shapes_key, slide).area.to_numpy()
+
+
+def _check_free(adata: AnnData, key: str, companions: Sequence[str] = ()) -> None:
     """Raise if a column would be replaced that no function of this module made."""
     maker = str(read_record(adata, key).get("created_by", ""))
-    if key in adata.obs and maker not in ("hespotex.tl.regions", "hespotex.tl.tls_score"):
-        raise DataValueError(f"obs[{key!r}] is there already and was made by something else; choose another key_added=")
+    held = [name for name in (key, *(Keys.derived(key, what) for what in companions)) if name in adata.obs]
+    if held and maker not in ("hespotex.tl.regions", "hespotex.tl.tls_score"):
+        raise DataValueError(
+            f"obs[{held[0]!r}] is there already and was made by something else; choose another key_added="
+        )

@@ -11,11 +11,11 @@ from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Recipe, Run
 from hespotex.models.hisdiff import HisDiff
 from hespotex.models.hisdiff import model as model_module
-from hespotex.models.hisdiff.diffusion import Schedule, sample
+from hespotex.models.hisdiff.diffusion import Schedule, denoising_terms, gaussian_log_likelihood, sample
 from hespotex.models.hisdiff.expression import ExpressionSpace
 from hespotex.models.hisdiff.neighbours import neighbour_index
+from hespotex.models.hisdiff.network import Context
 from hespotex.models.hisdiff.noise import SpotNoise, spot_keys
-from hespotex.models.hisdiff.training import Batches
 
 CPU = Run(seed=1, device="cpu")
 TINY = {
@@ -154,13 +154,150 @@ def test_noise_belongs_to_the_spot():
     assert wide.std() == pytest.approx(1, abs=0.02)
 
 
-def test_batches_cover_every_spot_once_per_epoch_in_a_new_order():
-    batches = Batches(np.arange(10, 35), 8, 3, seed=0)
-    epochs = [torch.cat([batches[number] for number in batches.visit(epoch)]).tolist() for epoch in range(3)]
-    assert len(batches) == 12
-    assert all(sorted(epoch) == list(range(10, 35)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert batches[5].tolist() == epochs[1][8:16]
+def test_neighbours_in_training_are_those_of_prediction_and_no_other_section_s(sections, monkeypatch):
+    """Sections lie on the same coordinates, and one has two regions on the same coordinates, too."""
+    first, second = sections[:2]
+    doubled = replace(
+        first,
+        ids=np.concatenate([first.ids, [f"{name}-b" for name in first.ids]]),
+        features=np.concatenate([first.features, first.features + 1]),
+        coordinates=np.tile(first.coordinates, (2, 1)),
+        region=np.repeat([0, 1], first.n_obs),
+        edges=None,
+        targets=replace(
+            first.targets,
+            counts=np.tile(first.targets.counts, (2, 1)),
+            library_size=np.tile(first.targets.library_size, 2),
+        ),
+        extras={},
+    )
+    seen = []
+    original = model_module.fit_lightning
+
+    def watched(module, *args, **options):
+        seen.append(module)
+        return original(module, *args, **options)
+
+    monkeypatch.setattr(model_module, "fit_lightning", watched)
+    model = tiny().fit([doubled, second], CPU)
+    (module,), start = seen, 0
+    for section in (doubled, second):
+        rows = np.arange(section.n_obs)
+        around, centre = model._neighbours(section), model._embedding.centre(section)
+        expected = model._context(section, centre, rows, around, torch.device("cpu"))
+        for one, other in zip(module.context(torch.from_numpy(rows + start)), expected, strict=True):
+            assert torch.equal(one, other)
+        for index, _ in around:
+            assert (section.region[index] == section.region[:, None]).all()
+        start += section.n_obs
+
+
+def test_what_lies_in_another_region_or_beyond_the_radius_changes_nothing(sections):
+    model = tiny(standardize="global", wide_um=450.0, lr=1e-2, max_updates=12).fit(sections[:2], CPU)
+    test = replace(sections[2], region=(np.arange(36) >= 30).astype(int))  # the last row of the lattice
+    before = model.predict(test).mean
+    features = test.features.copy()
+    features[30:] += 5.0
+    features[0] += 5.0
+    after = model.predict(replace(test, features=features)).mean
+    far = np.linalg.norm(test.coordinates - test.coordinates[0], axis=1) > 450
+    np.testing.assert_allclose(after[:30][far[:30]], before[:30][far[:30]], atol=1e-5)
+    assert (np.abs(after - before).max(axis=1)[~far & (np.arange(36) < 30)] > 1e-4).all()
+
+
+def test_absent_neighbours_are_not_attended_to(fitted):
+    network, generator = fitted._network, torch.Generator().manual_seed(0)
+    around = torch.randn(4, 49, 12, generator=generator)
+    absent = torch.arange(49).expand(4, -1) >= 5
+    given = Context(around[:, 0], around[:, :9], around, absent[:, :9], absent)
+    other = around + 10 * absent[:, :, None]
+    changed = given._replace(near=other[:, :9], wide=other)
+    fewer = Context(around[:, 0], around[:, :5], around[:, :5], absent[:, :5], absent[:, :5])
+    with torch.no_grad():
+        expected = network.condition(given)
+        np.testing.assert_allclose(network.condition(changed), expected, atol=1e-6)
+        np.testing.assert_allclose(network.condition(fewer), expected, atol=1e-6)
+        assert not np.allclose(network.condition(changed._replace(near_absent=None, wide_absent=None)), expected)
+
+
+def test_gaussian_likelihood_is_the_normal_density_and_blames_both_sides_alike():
+    from scipy.stats import norm
+
+    rng = np.random.default_rng(0)
+    x, mean, log_scale = rng.normal(size=(3, 50)) * [[4], [4], [1]]
+    found = gaussian_log_likelihood(*map(torch.from_numpy, (x, mean, log_scale)))
+    np.testing.assert_allclose(found, norm.logpdf(x, mean, np.exp(log_scale)), rtol=1e-9)
+    tables, step = Schedule.linear().tables(), torch.zeros(2, dtype=torch.int64)
+    clean, noise = torch.full((2, 1), 3.0), torch.zeros(2, 1)
+    noisy, off = tables.noisy(clean, noise, step), torch.tensor([[8.0], [-8.0]])  # clean values too low, too high
+
+    def bits(likelihood):
+        return denoising_terms(tables, clean, noisy, noise, step, noise + off, torch.zeros(2, 1), likelihood)[1]
+
+    low, high = bits("gaussian").tolist()
+    assert low == pytest.approx(high, rel=1e-3)
+    estimate = float(tables.clean(noisy[:1], off[:1], 0))
+    scale = np.exp(tables.learned_log_variance(torch.zeros(1, 1), 0).item() / 2)
+    assert low == pytest.approx(-norm.logpdf(3.0, estimate, scale) / np.log(2), rel=1e-4)
+    low, high = bits("discrete").tolist()
+    assert low > 30
+    assert high == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "none"])
+def test_the_ancestral_sampler_reads_a_variance_only_where_one_is_trained(likelihood, sections):
+    model = tiny(likelihood=likelihood, sampler="ddpm", clip=False).fit(sections[:2], CPU)
+    assert ("bits" in model.history[-1]) == (likelihood == "gaussian")
+    before = model.predict(sections[2]).mean
+    model._network.last.bias[1] += 2.0
+    assert np.array_equal(model.predict(sections[2]).mean, before) == (likelihood == "none")
+
+
+def test_running_mean_of_the_weights(sections, monkeypatch):
+    seen = []
+    original = model_module.fit_lightning
+
+    def watched(module, *args, **options):
+        weights = [module.network.last.weight.clone()]
+        first = module.on_train_batch_end
+
+        def after(*given):
+            first(*given)
+            weights.append(module.network.last.weight.detach().clone())
+
+        module.on_train_batch_end = after
+        seen.append((module, weights))
+        return original(module, *args, **options)
+
+    monkeypatch.setattr(model_module, "fit_lightning", watched)
+    model = tiny(average=0.2).fit(sections[:2], CPU)
+    ((module, weights),) = seen
+    expected = weights[0]
+    for update, new in enumerate(weights[1:], start=1):
+        decay = min(0.2, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * new
+    assert len(weights) == 7
+    assert model._network is module.average
+    np.testing.assert_allclose(model._network.last.weight, expected.detach(), rtol=1e-4, atol=1e-7)
+    assert not torch.equal(model._network.last.weight, module.network.last.weight)
+    plain = tiny(average=0.0).fit(sections[:2], CPU)
+    assert plain._network is seen[1][0].network
+
+
+def test_no_more_updates_than_asked_for(sections):
+    per_epoch = 3  # 72 spots in batches of 32
+    for most, epochs in ((7, 2), (6, 2), (2, 1)):
+        model = tiny(max_updates=most).fit(sections[:2], CPU)
+        assert len(model.history) == epochs == max(1, most // per_epoch)
+
+
+def test_spread_of_pairs_is_that_of_independent_samples(fitted, sections):
+    model = fitted.with_options(clip=False)
+    free = model.with_options(n_samples=200, paired=False).predict(sections[2]).std
+    for n_samples in (2, 3, 8):
+        drawn = [model.with_options(n_samples=n_samples, sample_seed=s).predict(sections[2]).std for s in range(12)]
+        ratio = np.sqrt(np.mean(np.square(drawn)) / np.mean(np.square(free)))
+        assert ratio == pytest.approx(1, abs=0.08)
 
 
 def test_learns_a_planted_signal(make_planted):
@@ -202,7 +339,9 @@ def test_blocks_order_and_number_of_samples_change_nothing_but_rounding(fitted, 
     more = model.with_options(n_samples=5).predict(test)
     np.testing.assert_array_equal(more.samples[:, :, :3], whole.samples)
     np.testing.assert_allclose(whole.mean, whole.samples.mean(axis=2), atol=1e-5)
-    np.testing.assert_allclose(whole.std, whole.samples.std(axis=2, ddof=1), atol=1e-4)
+    np.testing.assert_allclose(whole.std, whole.samples.std(axis=2, ddof=1 / 3), atol=1e-4)  # one has no opposite
+    free = model.with_options(paired=False).predict(test)
+    np.testing.assert_allclose(free.std, free.samples.std(axis=2, ddof=1), atol=1e-4)
 
 
 def test_seeds(sections):
@@ -247,11 +386,16 @@ def test_measured_expression_of_the_section_changes_nothing(preset, sections):
 
 
 def test_samples_that_do_not_fit_are_refused_with_the_number_that_does(fitted, sections, monkeypatch):
-    monkeypatch.setattr(model_module, "_available_bytes", lambda: 2 * 4 * 36 * 6 * 100)
+    monkeypatch.setattr(model_module, "available_bytes", lambda: 2 * 4 * 36 * 6 * 100)
     with pytest.raises(DataValueError, match=r"n_samples=101: .* memory allows n_samples=100"):
         fitted.with_options(n_samples=101, keep_samples=True).predict(sections[2])
     assert fitted.with_options(n_samples=100, keep_samples=True, steps=2).predict(sections[2]).samples.shape[2] == 100
     assert fitted.with_options(n_samples=101, steps=2).predict(sections[2]).samples is None
+    monkeypatch.setattr(model_module, "available_bytes", lambda: 100)
+    with pytest.raises(DataValueError, match="does not even hold one"):
+        fitted.with_options(keep_samples=True).predict(sections[2])
+    monkeypatch.setattr(model_module, "available_bytes", lambda: None)  # a system that does not say
+    assert fitted.with_options(keep_samples=True).predict(sections[2]).samples is not None
 
 
 def test_only_settings_of_prediction_can_be_changed_afterwards(fitted):

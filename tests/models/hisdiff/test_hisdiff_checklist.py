@@ -185,6 +185,18 @@ def test_13_condition_computed_once_gives_the_same_bits_as_at_every_step(preset)
     assert torch.equal(*samples)
 
 
+def test_13_prediction_looks_at_each_spot_once_whatever_the_steps_and_samples(make_section, monkeypatch):
+    section = make_section(side=6, unit="log2_counts")
+    model = create("hisdiff", preset="paper", **TINY).fit([section], RUN)
+    looks, passes = [], []
+    look, denoise = model._network.look, model._network.denoise
+    monkeypatch.setattr(model._network, "look", lambda context: looks.append(len(context.local)) or look(context))
+    monkeypatch.setattr(model._network, "denoise", lambda *given: passes.append(given[1]) or denoise(*given))
+    model.with_options(n_samples=3, steps=7).predict(section, block_rows=20)
+    assert looks == [20, 16]
+    assert len(passes) == 2 * 3 * 7
+
+
 def test_14_optimiser_of_the_published_settings(make_section, monkeypatch):
     seen = []
     original = model_module.fit_lightning

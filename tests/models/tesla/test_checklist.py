@@ -133,6 +133,21 @@ def test_checklist_03_04_05_colours_and_the_third_axis_are_the_recorded_ones(tes
     np.testing.assert_allclose(third_axis(plain, scale), recorded["spot_z"], atol=1e-9)
 
 
+def test_checklist_04_the_paper_preset_colours_spots_by_their_plain_mean(make_parts):
+    section, _ = make_parts(side=15)
+    rng = np.random.default_rng(0)
+    colour = rng.uniform(size=(section.parts.n_parts, 3)) * [1.0, 0.5, 0.1]
+    section = replace(section, parts=replace(section.parts, colour=colour))
+    space = create("tesla", preset="paper", unit="counts", px_um=1.0)._space(section)
+    scale = section.parts.coordinates.std(axis=0).max()
+    variance = colour.var(axis=0)
+    along = colour @ (variance / variance.sum())
+    np.testing.assert_allclose(space.superpixels[:, 2], (along - along.mean()) / along.std() * scale)
+    plain = colour[cdist(section.coordinates, section.parts.coordinates).argmin(axis=1)].mean(axis=1)
+    expected = (plain - plain.mean()) / plain.std() * scale
+    np.testing.assert_allclose(space.spots[:, 2], expected[space.order])
+
+
 def test_checklist_05_third_axis_has_mean_0_and_the_spread_asked_for():
     z = third_axis(np.random.default_rng(0).normal(3, 2, size=50), 7.0)
     assert z.mean() == pytest.approx(0)

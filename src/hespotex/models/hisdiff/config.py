@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from ...data.units import check_unit
 from ...errors import DataValueError
+from .._standardize import Standardize
 from .diffusion import N_TIMES, Likelihood, Output, Sampler
 
 __all__ = ["PAPER", "PRESETS", "SMALL", "STEM", "HisDiffConfig", "patch_half_width"]
 
 Condition = Literal["neighbourhood", "spot"]
-Standardize = Literal["none", "global", "section"]
 Stopping = Literal["fixed", "inner"]
 
 _CHOICES: dict[str, Any] = {
@@ -84,7 +84,7 @@ class HisDiffConfig:
     sampler, steps
         How samples are drawn, see :func:`hespotex.models.hisdiff.diffusion.sample`, and in how many passes.
     n_samples
-        Samples of each spot; the prediction is their mean, its spread their standard deviation.
+        Samples of each spot; the prediction is their mean, its spread their standard deviation (none of a single one).
     paired
         Every second sample starts from the negative of the noise of the one before it, which lets most of the noise of
         the mean cancel: 20 samples then give the mean of 200. Samples are independent between pairs, not within them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,11 +12,14 @@ import torch
 
 from ..._device import resolve_device
 from ..._logging import logger
+from ...data.blockwise import available_bytes
 from ...data.section import Prediction, Section
-from ...errors import DataValueError, HespotexWarning
+from ...errors import DataValueError
 from .._base import Model, ModelInfo, Run
-from .._inner import Scaler, inner_folds, of_shape, read_features, row_blocks
+from .._inner import inner_folds, of_shape, row_blocks
 from .._registry import register
+from .._rows import RowBatches
+from .._standardize import Standardizer
 from .._training import Fit, fit_lightning, forget_checkpoints
 from .config import PRESETS, HisDiffConfig
 from .diffusion import Schedule, sample
@@ -25,15 +27,13 @@ from .expression import ExpressionSpace
 from .neighbours import neighbour_index
 from .network import Context, Denoiser
 from .noise import SpotNoise, spot_keys
-from .training import Batches, Spots, make_step
+from .training import Spots, make_step
 
 __all__ = ["HisDiff"]
 
 _CHOICE, _FINAL = "hisdiff-choice", "hisdiff-final"
 _TOKENS_AT_ONCE = 65_536  # in one pass of the network when sampling
 _VALIDATIONS = 50
-_READ_ROWS = 4096
-FEW = 20  # observations, below which the mean of a section is no reference
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # indices and which stand for none, (n, k) each
 
@@ -96,8 +96,8 @@ class HisDiff(Model[HisDiffConfig]):
         if run.precision is None:
             bfloat = config.mixed_precision and resolve_device(run.device).type == "cuda"
             run = replace(run, precision="bf16-mixed" if bfloat else "32-true")
-        self._scaler = Scaler.fit(sections) if config.standardize != "none" else None
-        features = np.concatenate([self._read(section, self._centre(section)) for section in sections])
+        self._embedding = Standardizer.fit(sections, config.standardize)
+        features = self._embedding.read_all(sections)
         expression = np.concatenate([section.require_targets()[:] for section in sections])
         if not np.isfinite(expression).all():
             raise DataValueError("the measured expression holds values that are NaN or infinite; leave those genes out")
@@ -127,7 +127,7 @@ class HisDiff(Model[HisDiffConfig]):
         config = self.config
         if config.max_updates is None:
             return config.epochs
-        return max(1, min(config.epochs, config.max_updates * config.batch // max(n_spots, config.batch)))
+        return max(1, min(config.epochs, config.max_updates // -(-n_spots // config.batch)))
 
     def _train(
         self,
@@ -153,7 +153,7 @@ class HisDiff(Model[HisDiffConfig]):
         module = make_step(config, network, spots, run.seed)
         every = 1 if held is None else max(1, epochs // _VALIDATIONS)
         epochs -= epochs % every
-        batches = Batches(rows, config.batch, epochs, run.seed)
+        batches = RowBatches(rows, config.batch, epochs, run.seed)
         fit = fit_lightning(
             module,
             batches,
@@ -171,19 +171,6 @@ class HisDiff(Model[HisDiffConfig]):
 
     def _build(self) -> Denoiser:
         return Denoiser(self._space.width, self.n_features, self.config)
-
-    def _centre(self, section: Section) -> np.ndarray | float:
-        """What embeddings of a section are taken relative to, after scaling."""
-        if self._scaler is None or self.config.standardize == "global":
-            return 0.0
-        blocks = row_blocks(section.n_obs, _READ_ROWS)
-        total = sum(self._scaler(read_features(section, rows)).sum(axis=0, dtype=np.float64) for rows in blocks)
-        return np.asarray(total / section.n_obs, dtype=np.float32)
-
-    def _read(self, section: Section, centre: np.ndarray | float, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-        """Embeddings of some spots as the network takes them, (n, d) float32."""
-        features = read_features(section, rows)
-        return features if self._scaler is None else self._scaler(features) - centre
 
     def _neighbours(self, section: Section) -> tuple[Neighbours, Neighbours] | None:
         """Both neighbourhoods of all spots of a section."""
@@ -207,10 +194,10 @@ class HisDiff(Model[HisDiffConfig]):
     ) -> Context:
         """What the image shows of some spots; only the embeddings they need are read."""
         if around is None:
-            return Context(torch.from_numpy(self._read(section, centre, rows)).to(device))
+            return Context(torch.from_numpy(self._embedding.read(section, centre, rows)).to(device))
         (near, near_absent), (wide, wide_absent) = ((index[rows], absent[rows]) for index, absent in around)
         needed = np.unique(np.concatenate([rows, near.ravel(), wide.ravel()]))
-        features = torch.from_numpy(self._read(section, centre, needed)).to(device)
+        features = torch.from_numpy(self._embedding.read(section, centre, needed)).to(device)
 
         def gathered(index: np.ndarray) -> torch.Tensor:
             return features[torch.from_numpy(np.searchsorted(needed, index)).to(device)]
@@ -224,14 +211,8 @@ class HisDiff(Model[HisDiffConfig]):
         config, ids = self.config, np.asarray(section.ids)
         if config.keep_samples:
             _check_room(section.n_obs, len(self.genes), config.n_samples)
-        if config.standardize == "section" and section.n_obs < FEW:
-            warnings.warn(
-                f"section {section.name!r} has {section.n_obs} observations: features are taken relative to their "
-                "mean, which says little of so few; predict the whole section and select afterwards",
-                HespotexWarning,
-                stacklevel=2,
-            )
-        around, centre = self._neighbours(section), self._centre(section)
+        self._embedding.warn_if_few(section)
+        around, centre = self._neighbours(section), self._embedding.centre(section)
         keys = spot_keys(ids)
         schedule = Schedule.linear().for_sampler(config.sampler, config.steps)
         device = resolve_device()
@@ -239,9 +220,7 @@ class HisDiff(Model[HisDiffConfig]):
         self._network.to(device)
         try:
             for block in row_blocks(section.n_obs, block_rows):
-                moments = _Moments(
-                    block.stop - block.start, len(self.genes), config.n_samples, keep=config.keep_samples
-                )
+                moments = _Moments(block.stop - block.start, len(self.genes), config)
                 for part in row_blocks(block.stop - block.start, min(at_once, block_rows)):
                     rows = np.arange(block.start + part.start, block.start + part.stop)
                     context = self._context(section, centre, rows, around, device)
@@ -288,7 +267,7 @@ class HisDiff(Model[HisDiffConfig]):
         parts = {
             "network": {name: value.numpy() for name, value in self._network.state_dict().items()},
             "expression": self._space.state(),
-            "features": {} if self._scaler is None else self._scaler.state(),
+            "features": self._embedding.state(),
         }
         arrays = {f"{part}.{name}": array for part, each in parts.items() for name, array in each.items()}
         return arrays, {"seed": self.seed}
@@ -300,7 +279,7 @@ class HisDiff(Model[HisDiffConfig]):
             return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
 
         self.seed = int(values["seed"])
-        self._scaler = Scaler.from_state(part("features")) if self.config.standardize != "none" else None
+        self._embedding = Standardizer.from_state(part("features"), self.config.standardize)
         self._space = ExpressionSpace.from_state(part("expression"))
         of_shape(self._space.mean, (len(self.genes),), "expression.mean")
         self._network = self._build()
@@ -311,11 +290,13 @@ class HisDiff(Model[HisDiffConfig]):
 class _Moments:
     """Mean and standard deviation of samples that come one after another, and the samples where they are kept."""
 
-    def __init__(self, n: int, n_genes: int, n_samples: int, *, keep: bool) -> None:
+    def __init__(self, n: int, n_genes: int, config: HisDiffConfig) -> None:
         self._mean = np.zeros((n, n_genes))
         self._squares = np.zeros((n, n_genes))
-        self._n_samples = n_samples
-        self.samples = np.empty((n, n_genes, n_samples), dtype=np.float32) if keep else None
+        self._n_samples = config.n_samples
+        # Noise and its negative leave the mean where it is: only a sample without its opposite costs freedom.
+        self._freedom = config.n_samples - (config.n_samples % 2 / config.n_samples if config.paired else 1)
+        self.samples = np.empty((n, n_genes, config.n_samples), dtype=np.float32) if config.keep_samples else None
 
     def add(self, rows: slice, draw: int, values: np.ndarray) -> None:
         """Take sample number `draw` of some rows; their samples come in order."""
@@ -334,25 +315,20 @@ class _Moments:
         """``None`` of a single sample, which has no spread."""
         if self._n_samples < 2:
             return None
-        return np.sqrt(self._squares / (self._n_samples - 1)).astype(np.float32)
+        return np.sqrt(self._squares / self._freedom).astype(np.float32)
 
 
 def _check_room(n: int, n_genes: int, n_samples: int) -> None:
     """Raise if so many samples do not fit in memory."""
-    each = 4 * n * n_genes
-    attainable = _available_bytes() // (2 * each)  # blocks are joined to a second copy
+    each, free = 4 * n * n_genes, available_bytes()
+    attainable = n_samples if free is None else free // (2 * each)  # blocks are joined to a second copy
     if attainable < n_samples:
+        allowed = f"memory allows n_samples={attainable}" if attainable else "memory does not even hold one"
         raise DataValueError(
             f"n_samples={n_samples}: samples of {n} spots and {n_genes} genes take {each * n_samples / 2**30:.1f} GiB, "
-            f"and twice that while they are joined; memory allows n_samples={attainable}. Mean and spread of any number of "
-            "samples take none: keep_samples=False"
+            f"and twice that while they are joined; {allowed}. Mean and spread of any number of samples take none: "
+            "keep_samples=False"
         )
-
-
-def _available_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _joined(

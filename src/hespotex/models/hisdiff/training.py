@@ -1,22 +1,20 @@
-"""The training loop's view of the data: batches of row numbers, and the module that gathers what they stand for."""
+"""The module that is trained on batches of row numbers, and gathers what they stand for."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..._optional import optional_import
+from .._rows import mark_of
 from .config import HisDiffConfig
 from .diffusion import Schedule, denoising_terms
 from .network import Context, Denoiser
 
-__all__ = ["Batches", "Spots", "make_step"]
+__all__ = ["Spots", "make_step"]
 
 
 class Spots(NamedTuple):
@@ -42,28 +40,6 @@ class Spots(NamedTuple):
     wide_absent: Tensor | None
 
 
-class Batches(Sequence[Tensor]):
-    """Row numbers of the batches of all epochs, mixed anew in each; made when asked for."""
-
-    def __init__(self, rows: np.ndarray, size: int, epochs: int, seed: int) -> None:
-        self.rows, self.size, self.epochs, self.seed = rows, size, epochs, seed
-        self.per_epoch = -(-len(rows) // size)
-        self._mixed: tuple[int, np.ndarray] = (-1, rows)
-
-    def __len__(self) -> int:
-        return self.epochs * self.per_epoch
-
-    def __getitem__(self, number: Any) -> Any:
-        epoch, batch = divmod(number, self.per_epoch)
-        if self._mixed[0] != epoch:
-            self._mixed = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        return torch.from_numpy(self._mixed[1][batch * self.size : (batch + 1) * self.size])
-
-    def visit(self, epoch: int) -> range:
-        """Numbers of the batches of an epoch."""
-        return range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)
-
-
 def make_step(config: HisDiffConfig, network: Denoiser, spots: Spots, seed: int) -> Any:
     """Module for :func:`~hespotex.models._training.fit_lightning` over batches of row numbers of `spots`.
 
@@ -80,7 +56,7 @@ def make_step(config: HisDiffConfig, network: Denoiser, spots: Spots, seed: int)
             # Buffers, so that they move to the device at once; not kept in checkpoints, which are known by the mark.
             for name, value in spots._asdict().items():
                 self.register_buffer(f"spots_{name}", value, persistent=False)
-            self.mark = _mark(spots, config)
+            self.mark = mark_of(spots, config)
             self.tables = Schedule.linear().tables()
 
         @property
@@ -137,14 +113,3 @@ def make_step(config: HisDiffConfig, network: Denoiser, spots: Spots, seed: int)
             return torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     return Step()
-
-
-def _mark(spots: Spots, config: HisDiffConfig) -> str:
-    """Differs whenever data or settings of the training do."""
-    fitted = {name: value for name, value in vars(config).items() if name not in config.at_prediction}
-    digest = hashlib.sha256(repr(fitted).encode())
-    for value in spots:
-        if value is not None:
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(np.ascontiguousarray(value.numpy()).data)
-    return digest.hexdigest()
