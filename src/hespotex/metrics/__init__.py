@@ -8,6 +8,7 @@ from __future__ import annotations
 from ._aggregate import aggregate
 from ._bootstrap import Interval, PairedDifference, block_draws, block_interval, paired_difference, resample_interval
 from ._ceiling import Ceiling, ceiling, gene_ceiling, split_half
+from ._coexpression import Coexpression, coexpression, coexpression_score
 from ._correlation import pearson, spearman
 from ._error import deviance_explained, mae, mse, nrmse, r2, rmse
 from ._nulls import (
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
     "Ceiling",
+    "Coexpression",
     "Interval",
     "PairedDifference",
     "Windows",
@@ -36,6 +38,8 @@ __all__ = [
     "block_interval",
     "ceiling",
     "clipped_fraction",
+    "coexpression",
+    "coexpression_score",
     "deviance_explained",
     "gene_ceiling",
     "is_oversmoothed",

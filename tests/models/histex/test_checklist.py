@@ -243,7 +243,9 @@ def test_12_five_networks_and_their_median(section):
     np.testing.assert_allclose(
         together.latent, np.median([each.latent for each in singles], axis=0), rtol=1e-4, atol=1e-6
     )
-    np.testing.assert_allclose(together.std, np.std([each.mean for each in singles], axis=0), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        together.std, np.std([each.mean for each in singles], axis=0, ddof=1), rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", ["original", "fixed"])

@@ -16,6 +16,8 @@ from hespotex.models import Run, create, get, load
 from hespotex.models._inner import gene_correlation
 from hespotex.models.histex.context import Places, densified, is_staggered
 from hespotex.models.histex.inputs import Batches, Inputs, Shape, fit_scale, spots_of
+from hespotex.models.histex.model import spot_loss
+from hespotex.models.histex.network import network_of
 from hespotex.models.histex.scale import Scale
 
 RUN = Run(seed=0, device="cpu")
@@ -139,11 +141,25 @@ def test_a_state_of_other_genes_is_an_error(fitted):
         model.load_state(arrays, values)
 
 
-def test_an_interrupted_fit_goes_on(section, tmp_path, fitted):
-    run = Run(seed=0, device="cpu", checkpoint_dir=tmp_path)
-    model = create("histex", **QUICK).fit([section], run)
+def test_an_interrupted_fit_goes_on(section, tmp_path, monkeypatch):
+    options = {**QUICK, "epochs": 3}
+    whole = create("histex", **options).fit([section], RUN)
+    run, calls = replace(RUN, checkpoint_dir=tmp_path), []
+
+    def interrupted(network, batch):
+        calls.append(1)
+        if len(calls) > 110:  # in the third epoch, of 25 batches and two networks each
+            raise KeyboardInterrupt
+        return spot_loss(network, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hespotex.models.histex.model.spot_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            create("histex", **options).fit([section], run)
+    assert list(tmp_path.iterdir())
+    resumed = create("histex", **options).fit([section], run)
     assert not list(tmp_path.iterdir())
-    np.testing.assert_array_equal(model.predict(section).mean, fitted.predict(section).mean)
+    np.testing.assert_array_equal(resumed.predict(section).mean, whole.predict(section).mean)
 
 
 def test_several_sections_share_one_network(make_parts):
@@ -155,12 +171,27 @@ def test_several_sections_share_one_network(make_parts):
     shape = Shape.of(spots, "fixed")
     scale = fit_scale(spots, shape, "fixed")
     inputs = [Inputs.of(model.config, shape, each, scale, None) for each in spots]
-    batch = Batches(inputs, scale, size=6, seed=0)[0]
-    alone = [inputs[0], inputs[1]]
-    assert batch.tokens.shape[0] == len(batch.target) == 6
-    assert int(batch.bag.max()) == 5
-    assert int(batch.cell.max()) < 6 * shape.side**2
-    assert alone[0].spacing == pytest.approx(5.0)
+    mixed = Batches(inputs, scale, size=99, seed=None)[0]
+    alone = [each.training(each.spots.rows, scale) for each in inputs]
+    for name in ("tokens", "present", "context", "weight", "target", "importance"):
+        assert torch.equal(getattr(mixed, name), torch.cat([getattr(each, name) for each in alone]))
+    networks = [network_of(model.config, 5 + 5, 4)]
+    with torch.no_grad():
+        together, first, second = (float(spot_loss(networks[0], each)) for each in (mixed, *alone))
+    n, m = (len(each.target) for each in alone)
+    assert together == pytest.approx((n * first + m * second) / (n + m), rel=1e-5)
+
+
+@pytest.mark.parametrize("turn", [[[0, 1], [-1, 0]], [[-1, 0], [0, 1]], [[0.8, 0.6], [-0.6, 0.8]]])
+def test_microns_may_be_turned_against_the_grid(section, fitted, turn):
+    """As where an image is aligned to another frame by a rotation or a reflection."""
+    moved = changed(section, coordinates=section.parts.coordinates @ np.array(turn) + [5000.0, -700.0])
+    moved = replace(moved, coordinates=section.coordinates @ np.array(turn) + [5000.0, -700.0])
+    ours, theirs = spots_of(section), spots_of(moved)
+    np.testing.assert_array_equal(theirs.position, ours.position)
+    assert Shape.of([theirs], "fixed") == Shape.of([ours], "fixed")
+    again = create("histex", **QUICK).fit([moved], RUN)
+    np.testing.assert_allclose(again.predict(moved).mean, fitted.predict(section).mean, rtol=1e-5)
 
 
 def test_more_overlap_is_an_option_of_prediction(fitted, section):
@@ -291,8 +322,8 @@ def test_bad_sections_are_errors(section, make_parts):
         fit(changed(section, grid=None))
     with pytest.raises(DataValueError, match="share a row and column"):
         fit(changed(section, grid=np.zeros_like(section.parts.grid)))
-    with pytest.raises(DataValueError, match="size_um=None"):
-        fit(changed(section, size_um=None))
+    with pytest.raises(DataValueError, match="lie in one row"):
+        fit(changed(section, coordinates=section.parts.coordinates * [1, 0]))
     with pytest.raises(DataValueError, match="no spot holds any"):
         fit(changed(section, share=sparse.csr_array(section.parts.share.shape)))
     with pytest.raises(DataValueError, match="predicts superpixels"):

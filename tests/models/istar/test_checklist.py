@@ -156,6 +156,16 @@ def test_checklist_08_discs_follow_the_turned_grid_and_leave_out_holes(make_part
     assert (disc_members(holes, section.coordinates, 2.0) != plain[:, kept]).nnz == 0
 
 
+def test_checklist_08_cells_cut_by_the_border_move_no_disc(make_parts):
+    """Their centres are those of what is left; spots on halves must not notice."""
+    section, _ = make_parts(side=30)
+    spots = np.stack(np.meshgrid(np.arange(36.0, 200, 8), np.arange(36.0, 200, 8)), axis=-1).reshape(-1, 2)
+    border = (section.parts.grid == 0).any(axis=1)
+    cut = section.parts.coordinates + np.where(border, 2.5, 0.0)[:, None]
+    plain = disc_members(section.parts, spots, 2.0)
+    assert (disc_members(replace(section.parts, coordinates=cut), spots, 2.0) != plain).nnz == 0
+
+
 def test_checklist_09_activation():
     out = positive(torch.tensor([-1e4, 0.0, 1.0])).numpy()
     np.testing.assert_allclose(out, [0, 0.01, 1.01], atol=1e-7)

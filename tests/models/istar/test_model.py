@@ -194,8 +194,7 @@ def test_features_of_hipt_are_smoothed_over_what_is_there(make_parts):
     kept = np.random.default_rng(1).random(400) > 0.3
     ones = SmoothedRows(np.ones((kept.sum(), 579)), grid[kept] + [4, -9])
     np.testing.assert_allclose(ones[:], 1, rtol=1e-5)
-    assert smoothed(values[:, :576], grid, "published").boxes == HIPT_BOXES[:2]
-    for other in (values[:, :40], values[:, :192]):
+    for other in (values[:, :40], values[:, :576]):  # as wide as the last map of MobileNetV3
         assert smoothed(other, grid, "centred") is other
     assert smoothed(values, None, "centred") is values
     assert smoothed(values, grid, "none") is values

@@ -33,5 +33,7 @@ def test_an_observation_without_parts_is_0_and_supervises_nothing():
     share = sparse.csr_array(np.array([[0.0, 0.0], [1.0, 0.0]]))
     assert Bags.of(share).mean(torch.ones(1, 2)).tolist() == [[0, 0], [1, 1]]
     assert bag_rows(share).tolist() == [1]
+    stored = sparse.csr_array((np.array([0.0, 1.0]), (np.array([0, 1]), np.array([0, 0]))), shape=(2, 2))
+    assert bag_rows(stored).tolist() == [1]
     with pytest.raises(DataValueError, match="no spot holds any of its 2 parts"):
         bag_rows(sparse.csr_array((3, 2)))

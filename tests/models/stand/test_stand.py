@@ -10,6 +10,7 @@ import torch
 from scipy import sparse, stats
 
 from hespotex.data.section import Parts
+from hespotex.data.shares import aggregate
 from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Run, create, get, load
 from hespotex.models.stand.counts import CountDecoder, nb_loss, poisson_loss
@@ -75,9 +76,20 @@ def test_spread_is_that_of_the_counts(section, fitted):
 
 def test_intensity_is_a_spot_full_of_such_nuclei(section, fitted):
     share, intensity = fitted.predict(section), fitted.with_options(output="intensity").predict(section)
-    typical = section.parts.share.sum(axis=1).mean()
+    held = np.asarray(section.parts.share.sum(axis=1)).ravel()
+    typical = held[held > 0].mean()  # the first spot holds none
     np.testing.assert_allclose(intensity.mean, typical * share.mean, rtol=1e-5)
     assert fitted.config.output == "share"
+
+
+def test_a_mean_over_nuclei_is_a_spot_full_of_them(section):
+    model = create("stand", pooling="mean", **QUICK).fit([section], RUN)
+    share, intensity = (model.with_options(output=each).predict(section).mean for each in ("share", "intensity"))
+    held = np.asarray(section.parts.share.sum(axis=1)).ravel()
+    spots = model.predict_spots(section).mean[held > 0]
+    pooled = aggregate(section.parts.share, intensity, "mean")[held > 0]
+    np.testing.assert_allclose(pooled + model.ambient, spots, rtol=1e-4)
+    np.testing.assert_allclose(held[held > 0].mean() * share, intensity, rtol=1e-5)
 
 
 def test_published_share_is_a_twentieth_of_the_intensity(make_tissue):
@@ -88,6 +100,31 @@ def test_published_share_is_a_twentieth_of_the_intensity(make_tissue):
     np.testing.assert_allclose(20 * np.expm1(share.mean), np.expm1(intensity.mean), rtol=1e-3, atol=1e-6)
     assert (share.unit, share.std) == ("log1p_cp10k", None)
     assert not model.ambient.any()
+
+
+def test_published_share_is_linear_behind_the_layer_of_coexpression():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = PublishedDecoder(6, 4, coexpression=True)
+    decoder.scale.data.fill_(20.0)
+    features = torch.ones(1, 6)
+    with torch.no_grad():
+        share, intensity = decoder.single(features, share=True), decoder.single(features)
+    torch.testing.assert_close(torch.expm1(share), 0.05 * torch.expm1(intensity))
+
+
+def test_training_is_in_full_precision_unless_asked_otherwise(make_tissue, monkeypatch):
+    section, seen = make_tissue(n_spots=12, crops=True)[0], []
+
+    def spy(run):
+        seen.append(run.precision)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hespotex.models.stand.model.fit_vqvae", lambda config, crops, run: spy(run))
+    for precision in (None, "bf16-mixed"):
+        with pytest.raises(KeyboardInterrupt):
+            create("stand", encoder="vqvae", **QUICK).fit([section], replace(RUN, precision=precision))
+    assert seen == ["32-true", "bf16-mixed"]
 
 
 def test_block_size_changes_nothing(section, fitted):
@@ -245,6 +282,13 @@ def test_input_that_cannot_be_used(section, fitted, make_tissue):
     silent = replace(section, targets=replace(section.targets, library_size=np.zeros(section.n_obs)))
     with pytest.raises(DataValueError, match="has no spot with counts"):
         model.fit([silent], RUN)
+    only_empty = np.r_[9.0, np.zeros(section.n_obs - 1)]  # the first spot holds no nuclei
+    apart = replace(section, targets=replace(section.targets, library_size=only_empty))
+    with (
+        pytest.warns(HespotexWarning, match="lack counts"),
+        pytest.raises(DataValueError, match="no spot that has parts has any counts"),
+    ):
+        model.fit([apart], RUN)
     with pytest.raises(DataValueError, match="reads raw crops"):
         create("stand", encoder="vqvae").fit([section], RUN)
     crops = make_tissue(n_spots=3, crops=True)[0]

@@ -284,10 +284,9 @@ def _places(spots: Spots, scale: Scale) -> Places:
 def _published_places(spots: Spots) -> Places:
     """The published enhanced lattice with a scale of its own; where spots lie otherwise, places between them."""
     cells = spots.cells
-    xy = spots.position[:, ::-1] * cells.size_um
-    absolute = xy + cells.corner
-    if is_staggered(absolute):
-        lattice = staggered_lattice(absolute, spots.counts)
+    xy = cells.frame.microns(spots.position)
+    if is_staggered(xy):
+        lattice = staggered_lattice(xy, spots.counts)
         positions, values = cells.positions(lattice.coordinates), lattice.expression
         return Places(positions, min_max(values)[0], np.full((len(values), 2), -1))
     places = densified(Places.measured(spots.position, spots.counts))

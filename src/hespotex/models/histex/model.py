@@ -127,7 +127,7 @@ class Histex(Model[HistexConfig]):
         try:
             for rows in row_blocks(section.require_parts().n_parts, block_rows):
                 values, latents = self._predict(members, inputs, rows, device)
-                std = values.std(axis=0) if len(values) > 1 else None
+                std = values.std(axis=0, ddof=1) if len(values) > 1 else None
                 if self.config.mode == "original":
                     mean, latent = np.median(values, axis=0), np.median(latents, axis=0)
                 else:

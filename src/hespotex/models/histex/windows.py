@@ -9,6 +9,7 @@ import numpy as np
 
 from ...data.section import Parts, Rows, Section, rows_of
 from ...errors import DataValueError
+from .._grid import GridFrame
 
 __all__ = ["N_EXTRA", "Cells", "axis_position", "block_centre", "disc_mask"]
 
@@ -69,28 +70,21 @@ class Cells:
         Row and column of each, counted from 0, (m, 2).
     lookup
         Index of the cell at each position, -1 where there is none, (rows, columns).
-    corner
-        Where position (0, 0) lies, x and y in µm.
-    size_um
-        Side of a cell.
+    frame
+        Where positions lie in µm.
     """
 
     section: Section
     place: np.ndarray
     lookup: np.ndarray
-    corner: np.ndarray
-    size_um: float
+    frame: GridFrame
 
     @classmethod
     def of(cls, section: Section) -> Self:
         """The cells of `section`."""
         parts = section.require_parts()
         place = _places(parts, section.name)
-        size = float(parts.size_um or 0)
-        if not size > 0:
-            raise DataValueError(f"section {section.name!r}: size_um={parts.size_um!r} of its parts must be positive")
         coordinates = np.asarray(parts.coordinates, dtype=np.float64)
-        corner = np.median(coordinates - (place[:, ::-1] + 0.5) * size, axis=0)
         rows, columns = place.max(axis=0) + 1
         lookup = np.full((rows, columns), -1, dtype=np.int32)
         lookup[place[:, 0], place[:, 1]] = np.arange(len(place))
@@ -99,11 +93,11 @@ class Cells:
         position = np.column_stack([axis_position(rows)[place[:, 0]], axis_position(columns)[place[:, 1]]])
         channels = _Channels(parts.require("features"), parts.require("colour"), position)
         cells = Section(section.name, parts.ids, channels, coordinates)
-        return cls(cells, place, lookup, corner, size)
+        return cls(cells, place, lookup, GridFrame.of(place, coordinates))
 
     def positions(self, xy: np.ndarray) -> np.ndarray:
         """Position (row, column) of points given in µm, (n, 2) float64."""
-        return ((np.asarray(xy, dtype=np.float64) - self.corner) / self.size_um)[:, ::-1]
+        return self.frame.positions(xy)
 
     def windows(self, corners: np.ndarray, side: int) -> np.ndarray:
         """Cells of square windows whose first row and column is in `corners` (n, 2), row by row: (n, side²), or -1."""

@@ -44,7 +44,7 @@ class IStarConfig:
         Features as they come (``"none"``); or less their mean, in units of their spread, over the parts of all training
         sections (``"global"``) or of their own section (``"section"``, against stain shift).
     smooth
-        Features of the encoder ``hipt`` (of 576 or 579 columns) averaged over squares of superpixels: 17 for regional
+        Features of the encoder ``hipt`` (known by their 579 columns) averaged over squares of superpixels: 17 for regional
         and 5 for local ones (``"centred"``), or 16 and 4, which shifts them by half a superpixel (``"published"``).
         Other features stay as they are.
     pooling

@@ -167,7 +167,7 @@ class SmoothedRows:
         return int(self.source.shape[0]), int(self.source.shape[1])
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """Smoothed features of some superpixels, (b, d) float32; NaN where one that is averaged is not finite."""
+        """Smoothed features of some superpixels, (b, d) float32; NaN on and beside lines of which one is not finite."""
         grid = np.asarray(self.grid) - np.min(self.grid, axis=0)
         own = grid[rows]
         if not len(own):
@@ -195,8 +195,6 @@ class SmoothedRows:
 
 def smoothed(features: Rows, grid: np.ndarray | None, smooth: str) -> Rows:
     """The features of the encoder ``hipt`` smoothed, any others as they are."""
-    n_columns = np.cumsum([width for width, _ in HIPT_BOXES])
-    if smooth == "none" or grid is None or features.shape[1] not in n_columns[1:]:
+    if smooth == "none" or grid is None or features.shape[1] != sum(width for width, _ in HIPT_BOXES):
         return features
-    boxes = HIPT_BOXES[: int(np.searchsorted(n_columns, features.shape[1])) + 1]
-    return SmoothedRows(features, grid, boxes, centred=smooth == "centred")
+    return SmoothedRows(features, grid, centred=smooth == "centred")

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from ...data.section import Parts
-from ...errors import DataValueError
+from .._grid import GridFrame
 
 __all__ = ["disc", "disc_members", "nearest_index", "published_radius", "round_half_even"]
 
@@ -72,7 +72,7 @@ def disc_members(parts: Parts, coordinates: np.ndarray, radius: float) -> sparse
         In superpixels.
     """
     grid = np.asarray(parts.require("grid"), dtype=np.int64)
-    centre = nearest_index(PIXELS * _positions(parts, grid, coordinates))
+    centre = nearest_index(PIXELS * GridFrame.of(grid, parts.coordinates).positions(coordinates))
     offsets = disc(radius)
     wanted = (centre[:, None, :] + offsets).reshape(-1, 2)
     low = grid.min(axis=0)
@@ -88,16 +88,3 @@ def disc_members(parts: Parts, coordinates: np.ndarray, radius: float) -> sparse
     members = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(centre), len(grid)))
     members.sort_indices()
     return members
-
-
-def _positions(parts: Parts, grid: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
-    """Positions (row, column) of spots in superpixels: superpixel i covers [i, i + 1)."""
-    xy = np.asarray(parts.coordinates, dtype=np.float64)
-    origin = xy.mean(axis=0)
-    design = np.column_stack([xy - origin, np.ones(len(xy))])
-    affine, _, rank, _ = np.linalg.lstsq(design, grid + 0.5, rcond=None)
-    if rank < 3:
-        raise DataValueError("the superpixels lie in one row, which does not tell how their grid is turned")
-    spots = np.asarray(coordinates, dtype=np.float64) - origin
-    positions = np.column_stack([spots, np.ones(len(spots))]) @ affine
-    return np.round(positions, 6)  # halves must not depend on the solver's rounding

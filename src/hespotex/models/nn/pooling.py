@@ -84,7 +84,7 @@ def bag_rows(share: sparse.csr_array, name: str = "section") -> np.ndarray:
     DataValueError
         If none has.
     """
-    rows = np.flatnonzero(np.diff(share.indptr) > 0)
+    rows = np.flatnonzero(np.asarray(share.sum(axis=1)).ravel() > 0)  # a share of 0 may be stored
     if len(rows) == 0:
         raise DataValueError(
             f"section {name!r}: no spot holds any of its {share.shape[1]} parts; check that the superpixels or nuclei lie "

@@ -67,7 +67,8 @@ class STAnDConfig:
     reencode
         Whether the VQ-VAE encodes each crop anew in each step, under a random symmetry, as published; else once.
     output
-        ``"share"``: what one part adds to a spot; ``"intensity"``: a spot full of such parts.
+        ``"share"``: what one part adds to a spot; ``"intensity"``: a spot full of such parts, as many as a training spot
+        with parts holds on average, or 1 / `beta` as published.
     """
 
     encoder: Encoder = "frozen"

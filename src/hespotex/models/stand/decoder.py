@@ -71,11 +71,15 @@ class PublishedDecoder(nn.Module):
             return self.beta * pooled
         return self.beta * bags.size()[:, None] * pooled
 
-    def denormalize(self, abundance: Tensor) -> Tensor:
-        """Log expression of an abundance, (n, G)."""
+    def expression(self, abundance: Tensor) -> Tensor:
+        """Expression of an abundance in linear units, (n, G)."""
         if self.coexpression is not None:
             abundance = torch.sigmoid(self.coexpression(abundance))
-        return torch.log1p(torch.relu(self.scale * abundance))
+        return torch.relu(self.scale * abundance)
+
+    def denormalize(self, abundance: Tensor) -> Tensor:
+        """Log expression of an abundance, (n, G)."""
+        return torch.log1p(self.expression(abundance))
 
     def forward(self, features: Tensor, bags: Bags) -> Tensor:
         """Log expression of spots from the features of the bags' entries, (n, G)."""
@@ -88,4 +92,4 @@ class PublishedDecoder(nn.Module):
         """
         p = self.activations(features)
         abundance = pool(self.pooling, p, singletons(p), gamma=self.gamma, threshold=self.threshold)
-        return self.denormalize(self.beta * abundance if share else abundance)
+        return torch.log1p((self.beta if share else 1.0) * self.expression(abundance))

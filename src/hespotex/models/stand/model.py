@@ -99,8 +99,12 @@ class STAnD(Model[STAnDConfig]):
             raise DataValueError(
                 f"unit={self.unit!r}: decoder='published' predicts logarithms of 1 + x; train it with unit='log1p_cp10k'"
             )
+        run = replace(run, precision=run.precision or "32-true")  # of two codes, half precision cannot tell the nearer
         spots = self._supervising(sections)
-        self._typical = float(np.mean(np.concatenate([each.amount for each in spots])))
+        amount = np.concatenate([each.amount for each in spots])
+        if not (amount > 0).any():
+            raise DataValueError("no spot that has parts has any counts; there is nothing to learn from")
+        self._typical = float(amount[amount > 0].mean())
         fits: list[Fit] = []  # whose resume files go once the whole model stands
         self._encoder = self._scaler = None
         if self.config.encoder == "vqvae":
@@ -116,7 +120,9 @@ class STAnD(Model[STAnDConfig]):
                 with _on(resolve_device(run.device), self._encoder) as device:
                     features = [self._encode(each, device) for each in features]
             if self.config.decoder == "counts":
-                self._scaler = _scaler_of(features)
+                self._scaler = Scaler.fit(
+                    [Section("parts", np.arange(len(each)), each, np.zeros((len(each), 2))) for each in features]
+                )
                 features = [self._scaler(each) for each in features]
             spots = [replace(each, features=own) for each, own in zip(spots, features, strict=True)]
         self.epochs, history = self._choose_epochs(sections, spots, run, fits)
@@ -140,9 +146,7 @@ class STAnD(Model[STAnDConfig]):
                 std = None
                 with torch.inference_mode():
                     if isinstance(self._decoder, CountDecoder):
-                        mean = self._decoder.expected(features)
-                        if self.config.output == "intensity":
-                            mean = self._typical * mean
+                        mean = self._parts_of_output * self._decoder.expected(features)
                         std = self._decoder.variance(mean).sqrt().cpu().numpy()
                     else:
                         mean = self._decoder.single(features, share=self.config.output == "share")
@@ -211,6 +215,13 @@ class STAnD(Model[STAnDConfig]):
     def _n_inputs(self) -> int:
         """Width of what the decoder reads."""
         return LATENT if self.config.encoder == "vqvae" else self.n_features
+
+    @property
+    def _parts_of_output(self) -> float:
+        """How many parts of those that the count decoder speaks of make what is asked for."""
+        if self.config.output == "share":
+            return 1.0 if self.config.pooling == "sum" else 1.0 / self._typical
+        return self._typical if self.config.pooling == "sum" else 1.0
 
     def _new_decoder(self, seed: int) -> CountDecoder | PublishedDecoder:
         """A decoder with the initial weights of `seed`."""
@@ -320,16 +331,6 @@ def _positions(spots: Sequence[Spots], rows: Mapping[int, np.ndarray]) -> dict[i
     """Positions among each section's supervising spots of its observations `rows`; sections without any are absent."""
     found = {index: np.flatnonzero(np.isin(spots[index].rows, own)) for index, own in rows.items()}
     return {index: positions for index, positions in found.items() if len(positions)}
-
-
-def _scaler_of(features: Sequence[np.ndarray]) -> Scaler:
-    """Standardisation by the mean and spread over all rows."""
-    n = sum(map(len, features))
-    mean = sum(each.sum(axis=0, dtype=np.float64) for each in features) / n
-    variance = sum(np.square(each - mean).sum(axis=0) for each in features) / n
-    varies = variance > 1e-10 * np.maximum(np.square(mean), 1e-30)
-    inverse = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-    return Scaler(np.asarray(mean, dtype=np.float32), inverse.astype(np.float32))
 
 
 @contextmanager
