@@ -42,13 +42,15 @@ IN_SAMPLE = {
     "stage": {"name": "stage"},
     "tesla": {"name": "tesla"},
     "ridge on parts": {"name": "ridge_parts"},
+    "ridge on parts, composition": {"name": "ridge_parts", "depth": "spot"},
     "istar": {"name": "istar"},
     "histex": {"name": "histex"},
     "xfuse": {"name": "xfuse", "preset": "small"},
     "stand": {"name": "stand"},
 }
-TRANSFER = ("ridge on parts", "istar", "xfuse", "stand")
-AT_NUCLEI = ("stand",)  # methods of the nucleus; "ridge on parts" is run at both
+RIDGE = ("ridge on parts", "ridge on parts, composition")
+TRANSFER = (*RIDGE, "istar", "xfuse", "stand")
+AT_NUCLEI = ("stand",)  # methods of the nucleus; ridge is run at both
 UNTRAINED = ("interpolate", "tesla")
 
 
@@ -265,9 +267,7 @@ def run_synthetic(label: str, task: str, patient: int, size_px: int) -> dict:
         return row | {"r_nuclei": float(np.nanmean(gene_r(composition(nucleus_truth), guess))), "r_within": 0.0}
     sections = [test] if task == "in-sample" else others
     for at in ("superpixels", "nuclei"):
-        methods = (
-            (*AT_NUCLEI, "ridge on parts") if at == "nuclei" else tuple(m for m in IN_SAMPLE if m not in AT_NUCLEI)
-        )
+        methods = (*AT_NUCLEI, *RIDGE) if at == "nuclei" else tuple(m for m in IN_SAMPLE if m not in AT_NUCLEI)
         if label not in methods:
             continue
         values, unit, fit_s, predict_s = _fit_predict(label, sections, test, genes, at)
@@ -277,7 +277,7 @@ def run_synthetic(label: str, task: str, patient: int, size_px: int) -> dict:
             row["seconds_fit"], row["seconds_predict"] = fit_s, predict_s
             under = _cell_under(test)[matched]
             kept = under >= 0
-            if label == "ridge on parts":
+            if label in RIDGE:
                 continue  # scored at nuclei with features of the nuclei
             values, truth, kinds = values[under[kept]], nucleus_truth[kept], types[kept]
         else:
@@ -426,7 +426,7 @@ def _copy(sdata):
 
 def launch(kind: str, **arguments) -> None:
     """Do a run in a process of its own and keep its row, unless it is there."""
-    name = "-".join(str(value).replace(" ", "_") for key, value in arguments.items() if key != "data")
+    name = "-".join(str(value).replace(" ", "_").replace(",", "") for key, value in arguments.items() if key != "data")
     path = RESULTS / kind / f"{name}.json"
     if path.exists():
         print("there already:", kind, name, flush=True)

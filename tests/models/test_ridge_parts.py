@@ -50,7 +50,7 @@ def scaled(values, truth):
 @pytest.mark.parametrize("depth", [False, True])
 def test_recovers_what_parts_express_from_sums(depth):
     section, truth = linear(depth=depth)
-    model = create("ridge_parts").fit([section])
+    model = create("ridge_parts", depth="spot").fit([section])
     np.testing.assert_allclose(scaled(model.predict(section).mean, truth), truth, rtol=0.01)
     assert model.penalty == min(model.config.penalties)
     other, expected = linear("new", seed=8)
@@ -60,7 +60,7 @@ def test_recovers_what_parts_express_from_sums(depth):
 
 def test_equals_weighted_least_squares_on_pooled_features():
     section, _ = linear(depth=True, noise=0.5)
-    model = create("ridge_parts", penalties=[1e-9]).fit([section])
+    model = create("ridge_parts", penalties=[1e-9], depth="spot").fit([section])
     share, library = section.parts.share, section.targets.library_size
     pooled = np.column_stack([share @ section.parts.features, share.sum(axis=1)])
     size = pooled[:, -1]
@@ -76,7 +76,7 @@ def test_equals_weighted_least_squares_on_pooled_features():
 @pytest.mark.parametrize("level", ["superpixel", "nucleus"])
 def test_sums_of_the_prediction_are_the_counts_of_spots(make_parts, level):
     section, truth = make_parts(level=level)
-    model = create("ridge_parts", depth="section").fit([section])
+    model = create("ridge_parts").fit([section])
     prediction = model.predict(section)
     assert (prediction.level, prediction.unit) == (level, "counts")
     assert prediction.mean.min() >= 0
@@ -88,8 +88,8 @@ def test_sums_of_the_prediction_are_the_counts_of_spots(make_parts, level):
 
 def test_depth_of_spots_is_not_taken_for_biology():
     section, truth = linear(depth=True)
-    by_spot = create("ridge_parts").fit([section]).predict(section).mean
-    by_section = create("ridge_parts", depth="section").fit([section]).predict(section).mean
+    by_spot = create("ridge_parts", depth="spot").fit([section]).predict(section).mean
+    by_section = create("ridge_parts").fit([section]).predict(section).mean
     np.testing.assert_allclose(scaled(by_spot, truth), truth, rtol=0.01)
     assert np.abs(scaled(by_section, truth) - truth).max() > 0.1
 

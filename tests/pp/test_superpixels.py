@@ -94,3 +94,18 @@ def test_cells_under_a_table_are_not_exchanged():
     hx.pp.superpixels(sdata, 20)  # the same again
     with pytest.raises(GeometryError, match="would fit the new ones no more"):
         hx.pp.superpixels(sdata, 10)
+
+
+@pytest.mark.parametrize(("encoder", "cells"), [("rgb", 1), ("morphology", 2)])
+def test_tiles_of_superpixels_follow_their_size(section, encoder, cells):
+    hx.pp.detect_tissue(section)
+    hx.pp.superpixels(section, 20)
+    found = hx.pp.embed(section, encoder, shapes_key="superpixels", copy=True, progress_bar=False)
+    expected = hx.pp.embed(
+        section, encoder, shapes_key="superpixels", tile_um=20 * cells, copy=True, progress_bar=False
+    )
+    np.testing.assert_array_equal(found, expected)
+    at_spots = hx.pp.embed(section, encoder, shapes_key="spots", copy=True, progress_bar=False)
+    own = hx.encoders.create(encoder).tile_um
+    again = hx.pp.embed(section, encoder, shapes_key="spots", tile_um=own, copy=True, progress_bar=False)
+    np.testing.assert_array_equal(at_spots, again)

@@ -55,7 +55,8 @@ def predicted(sdata, name, **options):
     return sdata["p_superpixels"], spots
 
 
-TURN = [("interpolate", {}), ("tesla", {}), ("ridge_parts", {})]  # the others draw by the order of spots and parts
+# Other methods draw by the order of spots and parts; which penalty ridge chooses depends on how blocks of spots lie.
+TURN = [("interpolate", {}), ("tesla", {}), ("ridge_parts", {"penalties": [1.0]})]
 SHIFT = [
     *TURN,
     ("istar", {"epochs": 1, "n_members": 1, "width": 16}),

@@ -38,16 +38,18 @@ class RidgePartsConfig:
     unit
         Of the prediction: sums over a spot's parts are meaningful for counts only.
     penalties
-        Candidates for the penalty, as multiples of the sum of the spots' weights; features are standardised over all parts.
+        Candidates for the penalty, as multiples of the sum of the spots' weights; features are standardised over
+        the parts that lie under spots.
     depth
-        How deep a spot was sequenced, which is no matter of its parts: its library size per covered part
-        (``"spot"``), or the median of these over its section (``"section"``), which leaves to the features what differs
-        within a section. Both are relative to the median over all training spots.
+        How deep a spot was sequenced, which is no matter of its parts: the median over its section of the library size
+        per covered part (``"section"``), which leaves to the features what differs within a section, density of RNA
+        included; or the spot's own (``"spot"``), which leaves them composition alone. Both are relative to the median
+        over all training spots.
     """
 
     unit: str = "counts"
     penalties: tuple[float, ...] = tuple(float(10.0**exponent) for exponent in np.arange(-4, 3.25, 0.5))
-    depth: Depth = "spot"
+    depth: Depth = "section"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "penalties", tuple(map(float, self.penalties)))

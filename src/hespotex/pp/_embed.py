@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "embed", "embed_places", "new_table", "resolve_encoder", "resolve_places"]
 
+# Side of a tile on superpixels, in cells: what is measured of a cell needs a few nuclei, its colour only itself.
+_CELLS_PER_TILE = {"morphology": 2.0, "rgb": 1.0}
+
 
 def embed(
     sdata: SpatialData,
@@ -76,7 +79,8 @@ def embed(
         Resolution the encoder works at, in µm per pixel, in place of its own. The image's scale is another matter:
         :func:`hespotex.pp.set_scale`.
     tile_um
-        Side of a tile in µm, in place of the encoder's own.
+        Side of a tile in µm, in place of the encoder's own. On superpixels ``"rgb"`` sees one cell and ``"morphology"``
+        two by default.
     batch_size
         Tiles per forward pass; the setting by default.
     device
@@ -126,8 +130,10 @@ def embed(
     """
     if batch_size is not None and batch_size < 1:
         raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
-    encoder = resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
     table = _resolve_table(sdata, shapes_key, table_key)
+    if tile_um is None and isinstance(encoder, str):
+        tile_um = _tile_of_cells(sdata, table, encoder)
+    encoder = resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
     return embed_places(
         sdata,
         table,
@@ -139,6 +145,14 @@ def embed(
         copy=copy,
         progress_bar=progress_bar,
     )
+
+
+def _tile_of_cells(sdata: SpatialData, table: AnnotatedTable, encoder: str) -> float | None:
+    """Tile of an encoder that describes the cells of a grid themselves; ``None`` for other shapes and encoders."""
+    shapes = sdata.shapes[table.regions[0]]
+    if encoder not in _CELLS_PER_TILE or Keys.SIZE_UM not in shapes or len(shapes) == 0:
+        return None
+    return _CELLS_PER_TILE[encoder] * float(shapes[Keys.SIZE_UM].iloc[0])
 
 
 def embed_places(

@@ -120,7 +120,7 @@ def reconcile(
     for start in range(0, len(genes), _GENES_AT_ONCE):
         block = slice(start, start + _GENES_AT_ONCE)
         counts = matrix[:, columns[block]][spot_rows]
-        result[:, block] = rescaled(share, np.maximum(values[rows][:, block], 0), counts)
+        result[:, block] = rescaled(share, np.maximum(values[:, block][rows], 0), counts)
         y = np.asarray(counts.toarray() if hasattr(counts, "toarray") else counts, dtype=float)[held]
         missed += int((np.abs(share[held] @ result[:, block] - y) > _TOLERANCE * np.maximum(y, 1)).sum())
     if missed:
