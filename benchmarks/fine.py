@@ -2,7 +2,7 @@
 
     python benchmarks/fine.py synthetic            # known truth of every cell: nuclei and superpixels
     python benchmarks/fine.py real --data DIR      # her2st and mouse olfactory bulb: spots held out, spots merged
-    python benchmarks/fine.py quick                # a small synthetic section, five minutes
+    python benchmarks/fine.py quick                # a small synthetic section, shorter fits, five minutes
     python benchmarks/fine.py table                # Markdown tables of what was run
 
 DIR is the folder of ``her2st``, ``mob_st_stahl2016`` and ``mob_st2k_stutility``; HESPOTEX_DATA by default. Prepared
@@ -50,6 +50,13 @@ IN_SAMPLE = {
 }
 RIDGE = ("ridge on parts", "ridge on parts, composition")
 TRANSFER = (*RIDGE, "istar", "xfuse", "stand")
+# A look in five minutes: does everything run, and is it above chance.
+QUICK = {
+    "istar": {"n_members": 1},
+    "histex": {"epochs": 40},
+    "xfuse": {"epochs": 20},
+    "stage": {"max_epochs": 500},
+}
 AT_NUCLEI = ("stand",)  # methods of the nucleus; ridge is run at both
 UNTRAINED = ("interpolate", "tesla")
 
@@ -218,10 +225,10 @@ def linear(values: np.ndarray, unit: str) -> np.ndarray:
 # Runs, each in a process of its own
 
 
-def _model(label: str):
+def _model(label: str, quick: bool = False):
     import hespotex as hx
 
-    options = dict(IN_SAMPLE[label])
+    options = IN_SAMPLE[label] | (QUICK.get(label, {}) if quick else {})
     return hx.models.create(options.pop("name"), **options)
 
 
@@ -232,12 +239,14 @@ def _panel(sdata) -> list[str]:
     return sorted(sdata["table"].var_names[order])
 
 
-def _fit_predict(label: str, sections: list, test, genes: list[str], at: str) -> tuple[np.ndarray, str, float, float]:
+def _fit_predict(
+    label: str, sections: list, test, genes: list[str], at: str, quick: bool = False
+) -> tuple[np.ndarray, str, float, float]:
     """Prediction at the parts of `test`, its unit, and seconds to fit and to predict."""
     import hespotex as hx
 
     start = time.perf_counter()
-    model = hx.tl.train(sections, _model(label), genes=genes, parts_key=at)
+    model = hx.tl.train(sections, _model(label, quick), genes=genes, parts_key=at)
     fitted = time.perf_counter()
     hx.tl.predict(test, model, parts_key=at, key_added="p")
     done = time.perf_counter()
@@ -259,18 +268,19 @@ def run_synthetic(label: str, task: str, patient: int, size_px: int) -> dict:
     columns = test["table"].var_names.get_indexer(genes)
     at_nuclei, at_grid = truth_at_nuclei(test), truth_at_superpixels(test)[:, columns]
     matched, nucleus_truth, types = at_nuclei[0], at_nuclei[1][:, columns], at_nuclei[2]
-    others = [synthetic(other, size_px) for other in range(N_PATIENTS) if other != patient]
     row: dict = {"method": label, "task": task, "patient": patient, "nuclei": len(matched), "superpixels": len(at_grid)}
     if label == "oracle (type means)":
         of_type = {kind: composition(nucleus_truth[types == kind]).mean(axis=0) for kind in np.unique(types)}
         guess = np.stack([of_type[kind] for kind in types])
         return row | {"r_nuclei": float(np.nanmean(gene_r(composition(nucleus_truth), guess))), "r_within": 0.0}
-    sections = [test] if task == "in-sample" else others
+    sections = [test]
+    if task == "transfer":
+        sections = [synthetic(other, size_px) for other in range(N_PATIENTS) if other != patient]
     for at in ("superpixels", "nuclei"):
         methods = (*AT_NUCLEI, *RIDGE) if at == "nuclei" else tuple(m for m in IN_SAMPLE if m not in AT_NUCLEI)
         if label not in methods:
             continue
-        values, unit, fit_s, predict_s = _fit_predict(label, sections, test, genes, at)
+        values, unit, fit_s, predict_s = _fit_predict(label, sections, test, genes, at, quick=size_px < 2000)
         values = linear(values, unit)
         if at == "superpixels":
             row["r_superpixels"] = float(np.nanmean(gene_r(at_grid, values)))

@@ -96,7 +96,7 @@ def predicted(model, table, **options) -> tuple[np.ndarray, np.ndarray | None, f
     """Mean (n, G), samples (n, G, s) of generative models, and seconds."""
     model = model.with_options(**options) if options else model
     start = time.perf_counter()
-    hx.tl.predict(table, model, key_added="p", embedding_key="X_morphology")
+    hx.tl.predict(table, model, key_added="p")
     seconds = time.perf_counter() - start
     mean = np.asarray(hx.get.prediction(table, "p").X)
     return mean, table.obsm.pop("p_samples", None), seconds

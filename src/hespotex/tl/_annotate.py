@@ -92,7 +92,7 @@ def annotate(
     A table (labels, and scores of types) if `copy`, else ``None`` and these are written to the table of the prediction:
 
     ``obs["<key_added>"]`` : categorical
-        Type, or number of the cluster, 0 the largest.
+        Type, or number of the cluster, 0 the largest. Categories are those that occur.
     ``obs["<key_added>_score"]``, ``obsm["<key_added>_scores"]``
         Score of the label and of all types, with `markers`; types in ``uns["hespotex"]["<key_added>"]["types"]``.
 
@@ -142,7 +142,8 @@ def annotate(
         grid = grid_of(data, name)
         labels = _by_clusters(stored, grid, n_clusters, smooth, min_size, settings.seed if seed is None else seed)
         found = _Labels(labels, {"n_clusters": n_clusters, "smooth": smooth, "min_size": min_size})
-    categories = found.types or sorted(set(found.labels) - {""}, key=_numeric)
+    used = set(found.labels) - {""}  # squidpy takes no category without cells
+    categories = [each for each in found.types if each in used] or sorted(used, key=_numeric)
     known = pd.Series(found.labels, dtype=object).where(found.labels != "", None)
     column = pd.Categorical(known, categories=pd.Index(list(categories)))
     table = pd.DataFrame({key_added: column}, index=adata.obs_names)
