@@ -6,7 +6,7 @@
     python benchmarks/fine.py table                # Markdown tables of what was run
 
 DIR is the folder of ``her2st``, ``mob_st_stahl2016`` and ``mob_st2k_stutility``; HESPOTEX_DATA by default. Prepared
-sections and finished runs are kept in ``benchmarks/results/fine`` and not made again: an interrupted run goes on where
+sections and finished runs are kept in ``benchmarks/results/fine`` (HESPOTEX_BENCHMARKS in place of ``benchmarks/results``) and not made again: an interrupted run goes on where
 it stopped. Every run is a process of its own, so that seconds and peak memory are its own.
 
 In-sample methods are fitted on the spots of the section that they predict; the truth below the spot, and spots held
@@ -18,6 +18,7 @@ superpixels of the density of transcripts, at nuclei of the composition, since a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -25,12 +26,13 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-RESULTS = Path(__file__).parent / "results" / "fine"
+RESULTS = Path(os.environ.get("HESPOTEX_BENCHMARKS", Path(__file__).parent / "results")) / "fine"
 COHORT, N_PATIENTS, N_GENES = 21, 4, 250
 SPREAD_UM = 6.0  # of a cell's transcripts around its centre, for the truth of superpixels
 MATCH_UM = 4.0  # a nucleus is a cell's if it lies nearer
@@ -53,7 +55,7 @@ TRANSFER = (*RIDGE, "istar", "xfuse", "stand")
 # A look in five minutes: does everything run, and is it above chance.
 QUICK = {
     "istar": {"n_members": 1},
-    "histex": {"epochs": 40},
+    "histex": {"epochs": 5},
     "xfuse": {"epochs": 20},
     "stage": {"max_epochs": 500},
 }
@@ -434,13 +436,13 @@ def _copy(sdata):
     return spatialdata.SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))
 
 
-def launch(kind: str, **arguments) -> None:
-    """Do a run in a process of its own and keep its row, unless it is there."""
+def launch(kind: str, **arguments) -> bool:
+    """Do a run in a process of its own and keep its row, unless it is there; whether it went well."""
     name = "-".join(str(value).replace(" ", "_").replace(",", "") for key, value in arguments.items() if key != "data")
     path = RESULTS / kind / f"{name}.json"
     if path.exists():
         print("there already:", kind, name, flush=True)
-        return
+        return True
     print("running:", kind, name, flush=True)
     code = "import sys, json; sys.path.insert(0, sys.argv[1]); import fine; fine.worker(*sys.argv[2:])"
     part = path.with_suffix(".part")
@@ -450,9 +452,10 @@ def launch(kind: str, **arguments) -> None:
     )
     if process.returncode:
         print("FAILED:", kind, name, flush=True)
-        return
+        return False
     part.rename(path)
     print(path.read_text(), flush=True)
+    return True
 
 
 def worker(kind: str, arguments: str, path: str) -> None:
@@ -491,23 +494,29 @@ def main() -> None:
     wanted = args.methods or list(IN_SAMPLE)
     if args.what == "table":
         table()
-    elif args.what == "real":
-        for name in args.sections:
-            for task in ("held out", "merged"):
-                for label in wanted:
-                    if label in AT_NUCLEI and not name.startswith("her2st"):
-                        continue  # no nuclei are seen at 3 µm/px
-                    launch("real", label=label, task=task, name=name, data=args.data)
-    else:
-        size_px = 1200 if args.what == "quick" else 2400
-        patients = [0] if args.what == "quick" else args.patients
-        for patient in patients:
-            if not args.methods:
-                launch(args.what, label="oracle (type means)", task="in-sample", patient=patient, size_px=size_px)
-            for label in wanted:
-                launch(args.what, label=label, task="in-sample", patient=patient, size_px=size_px)
-                if label in TRANSFER and args.what != "quick":
-                    launch(args.what, label=label, task="transfer", patient=patient, size_px=size_px)
+        return
+    done = [launch(args.what, **each) for each in _plan(args, wanted)]
+    table()
+    if not all(done):
+        sys.exit(f"{done.count(False)} of {len(done)} runs failed")
+
+
+def _plan(args: argparse.Namespace, wanted: list[str]) -> Iterator[dict]:
+    """Arguments of all runs, in order."""
+    if args.what == "real":
+        for name, task, label in itertools.product(args.sections, ("held out", "merged"), wanted):
+            if label not in AT_NUCLEI or name.startswith("her2st"):  # no nuclei are seen at 3 µm/px
+                yield {"label": label, "task": task, "name": name, "data": args.data}
+        return
+    quick = args.what == "quick"
+    for patient in [0] if quick else args.patients:
+        common = {"patient": patient, "size_px": 1200 if quick else 2400}
+        if not args.methods:
+            yield {"label": "oracle (type means)", "task": "in-sample", **common}
+        for label in wanted:
+            yield {"label": label, "task": "in-sample", **common}
+            if label in TRANSFER and not quick:
+                yield {"label": label, "task": "transfer", **common}
 
 
 if __name__ == "__main__":
