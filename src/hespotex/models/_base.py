@@ -46,7 +46,7 @@ class ModelInfo:
     uncertainty: bool = False
     cost: str = ""  # of a fit on one her2st section on two CPU cores, and how it grows
     presets: tuple[str, ...] = ()
-    paper: str = ""  # DOI
+    paper: str = ""  # DOI; else where it was published
 
 
 @dataclass(frozen=True)

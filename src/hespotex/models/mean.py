@@ -42,7 +42,11 @@ class Mean(Model[MeanConfig]):
 
     Config: ClassVar[type] = MeanConfig
     info: ClassVar[ModelInfo] = ModelInfo(
-        name="mean", summary="Mean of each gene over the training observations", needs=(), presets=("default",)
+        name="mean",
+        summary="Mean of each gene over the training observations",
+        needs=(),
+        cost="none",
+        presets=("default",),
     )
 
     def _fit(self, sections: Sequence[Section], run: Run) -> None:

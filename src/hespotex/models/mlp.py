@@ -90,7 +90,10 @@ class MLP(Model[MLPConfig]):
 
     Config: ClassVar[type] = MLPConfig
     info: ClassVar[ModelInfo] = ModelInfo(
-        name="mlp", summary="Multilayer perceptron on the embedding, stopped by a held-out group", presets=("default",)
+        name="mlp",
+        summary="Multilayer perceptron on the embedding, stopped by a held-out group",
+        cost="seconds; grows with spots × genes",
+        presets=("default",),
     )
 
     epochs: int

@@ -108,6 +108,7 @@ class Ridge(Model[RidgeConfig]):
     info: ClassVar[ModelInfo] = ModelInfo(
         name="ridge",
         summary="Ridge regression on the embedding; penalty and PCA size by inner cross-validation",
+        cost="seconds; grows with spots × features²",
         presets=("default",),
     )
 

@@ -322,7 +322,7 @@ def test_settings_that_cannot_be(options, message):
 
 def test_registered():
     info = get("stand").info
-    assert (info.level, info.task, info.needs, info.uncertainty) == ("nucleus", "transfer", ("parts",), True)
+    assert (info.level, info.task, info.needs, info.uncertainty) == ("nucleus", "both", ("parts",), True)
     with pytest.raises(DataValueError, match="it has 'default', 'paper'"):
         create("stand", preset="small")
 

@@ -69,6 +69,7 @@ class HESpotEx(Model[HESpotExConfig]):
         name="hespotex",
         summary="Graph attention autoencoder on expression guides a neighbourhood decoder on image features",
         needs=HESpotExConfig().needs,
+        cost="under a minute; grows with spots × genes; 'paper': hours",
         presets=("default", "paper"),
         paper="10.1038/s43588-026-00992-0",
     )

@@ -75,6 +75,7 @@ class Histex(Model[HistexConfig]):
         uncertainty=True,
         cost="5 minutes; grows with spots × superpixels per spot × genes",
         presets=("default", "paper"),
+        paper="MICCAI 2025, https://github.com/wenwenmin/HISTEX",
     )
 
     @classmethod

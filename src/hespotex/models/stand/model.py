@@ -67,11 +67,12 @@ class STAnD(Model[STAnDConfig]):
         name="stand",
         summary="Per-nucleus expression whose sum over the nuclei of a spot explains its counts",
         level="nucleus",
-        task="transfer",
+        task="both",
         needs=("parts",),
         uncertainty=True,
-        cost="ten seconds; grows with the parts under spots times genes",
+        cost="ten seconds; grows with parts under spots × genes",
         presets=("default", "paper"),
+        paper="https://github.com/huangch/ST-AnD",
     )
 
     epochs: int
