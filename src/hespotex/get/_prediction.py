@@ -10,7 +10,7 @@ import numpy as np
 from .._keys import Keys
 from ..data.counts import check_counts, counts_of, library_size
 from ..data.stored import StoredPrediction, find_prediction, read_prediction
-from ..data.units import normalize
+from ..data.units import UNITS, normalize
 from ..errors import CountsError, HespotexWarning
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _measurement(
     adata: AnnData, stored: StoredPrediction, measured: np.ndarray, counts_layer: str | None
 ) -> np.ndarray | None:
     """The measurement in the unit of the prediction, (n, G) float32, NaN where not `measured`."""
-    if stored.unit == "log1p_cpm_panel" and not measured.all():
+    if stored.unit not in UNITS or (stored.unit == "log1p_cpm_panel" and not measured.all()):
         return None
     if adata.X is None and counts_layer is None:
         return None

@@ -9,6 +9,7 @@ import torch
 from hespotex import models
 from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Recipe, Run
+from hespotex.models import _samples as samples_module
 from hespotex.models.hisdiff import HisDiff
 from hespotex.models.hisdiff import model as model_module
 from hespotex.models.hisdiff.diffusion import Schedule, denoising_terms, gaussian_log_likelihood, sample
@@ -386,15 +387,15 @@ def test_measured_expression_of_the_section_changes_nothing(preset, sections):
 
 
 def test_samples_that_do_not_fit_are_refused_with_the_number_that_does(fitted, sections, monkeypatch):
-    monkeypatch.setattr(model_module, "available_bytes", lambda: 2 * 4 * 36 * 6 * 100)
+    monkeypatch.setattr(samples_module, "available_bytes", lambda: 2 * 4 * 36 * 6 * 100)
     with pytest.raises(DataValueError, match=r"n_samples=101: .* memory allows n_samples=100"):
         fitted.with_options(n_samples=101, keep_samples=True).predict(sections[2])
     assert fitted.with_options(n_samples=100, keep_samples=True, steps=2).predict(sections[2]).samples.shape[2] == 100
     assert fitted.with_options(n_samples=101, steps=2).predict(sections[2]).samples is None
-    monkeypatch.setattr(model_module, "available_bytes", lambda: 100)
+    monkeypatch.setattr(samples_module, "available_bytes", lambda: 100)
     with pytest.raises(DataValueError, match="does not even hold one"):
         fitted.with_options(keep_samples=True).predict(sections[2])
-    monkeypatch.setattr(model_module, "available_bytes", lambda: None)  # a system that does not say
+    monkeypatch.setattr(samples_module, "available_bytes", lambda: None)  # a system that does not say
     assert fitted.with_options(keep_samples=True).predict(sections[2]).samples is not None
 
 

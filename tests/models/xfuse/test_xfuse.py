@@ -60,7 +60,7 @@ def test_prediction_has_the_shapes_and_words_of_the_contract(fitted, sections):
     assert prediction.samples.shape == (400, 4, 3)
     assert prediction.latent.shape == (400, len(fitted.profiles))
     np.testing.assert_allclose(prediction.samples.mean(axis=2), prediction.mean, rtol=1e-5)
-    np.testing.assert_allclose(prediction.samples.std(axis=2), prediction.std, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(prediction.samples.std(axis=2, ddof=1), prediction.std, rtol=1e-3, atol=1e-6)
     assert (prediction.mean > 0).all()
     assert fitted.predict(section).samples is None
 
@@ -518,3 +518,16 @@ def test_equal_start_is_that_of_the_published(sections):
     assert not mean.any()
     torch.testing.assert_close(sd, torch.full_like(sd, 0.01))
     assert not started.baselines.log_tau.any()
+
+
+def test_more_samples_than_fit_are_refused_before_any_is_drawn(fitted, sections, monkeypatch):
+    each = 4 * sections[0].parts.n_parts * len(fitted.genes)
+    monkeypatch.setattr("hespotex.models._samples.available_bytes", lambda: 2 * 3 * each)
+    kept = fitted.with_options(keep_samples=True, n_samples=4)
+    with pytest.raises(DataValueError, match="memory allows n_samples=3"):
+        kept.predict(sections[0])
+    assert fitted.with_options(n_samples=4).predict(sections[0]).samples is None
+
+
+def test_a_single_draw_has_no_spread(fitted, sections):
+    assert fitted.with_options(n_samples=1).predict(sections[0]).std is None

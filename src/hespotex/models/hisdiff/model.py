@@ -12,13 +12,13 @@ import torch
 
 from ..._device import resolve_device
 from ..._logging import logger
-from ...data.blockwise import available_bytes
 from ...data.section import Prediction, Section
 from ...errors import DataValueError
 from .._base import Model, ModelInfo, Run
 from .._inner import inner_folds, of_shape, row_blocks
 from .._registry import register
 from .._rows import RowBatches
+from .._samples import check_room
 from .._standardize import Standardizer
 from .._training import Fit, fit_lightning, forget_checkpoints
 from .config import PRESETS, HisDiffConfig
@@ -210,7 +210,7 @@ class HisDiff(Model[HisDiffConfig]):
         self._check_section(section)
         config, ids = self.config, np.asarray(section.ids)
         if config.keep_samples:
-            _check_room(section.n_obs, len(self.genes), config.n_samples)
+            check_room(section.n_obs, len(self.genes), config.n_samples)
         self._embedding.warn_if_few(section)
         around, centre = self._neighbours(section), self._embedding.centre(section)
         keys = spot_keys(ids)
@@ -316,19 +316,6 @@ class _Moments:
         if self._n_samples < 2:
             return None
         return np.sqrt(self._squares / self._freedom).astype(np.float32)
-
-
-def _check_room(n: int, n_genes: int, n_samples: int) -> None:
-    """Raise if so many samples do not fit in memory."""
-    each, free = 4 * n * n_genes, available_bytes()
-    attainable = n_samples if free is None else free // (2 * each)  # blocks are joined to a second copy
-    if attainable < n_samples:
-        allowed = f"memory allows n_samples={attainable}" if attainable else "memory does not even hold one"
-        raise DataValueError(
-            f"n_samples={n_samples}: samples of {n} spots and {n_genes} genes take {each * n_samples / 2**30:.1f} GiB, "
-            f"and twice that while they are joined; {allowed}. Mean and spread of any number of samples take none: "
-            "keep_samples=False"
-        )
 
 
 def _joined(

@@ -15,6 +15,7 @@ from ...errors import DataValueError, ModelMismatchError
 from .._base import Model, ModelInfo, Run, _mark
 from .._inner import of_shape, row_blocks
 from .._registry import register
+from .._samples import check_room
 from .._training import forget_checkpoints
 from ..nn.pooling import bag_rows
 from .baselines import Start, cluster_profiles, fit_start
@@ -184,6 +185,8 @@ class XFuse(Model[XFuseConfig]):
                 f"section {section.name!r} has superpixels of {parts.size_um:g} µm, the model was trained on "
                 f"{self._size_um:g} µm; make them anew with hx.pp.superpixels(sdata, size_um={self._size_um:g})"
             )
+        if self.config.keep_samples:
+            check_room(parts.n_parts, len(self.genes), self.config.n_samples)
         blocks = list(row_blocks(parts.n_parts, block_rows))
         raster = Raster.of(section, self._colours, self.config.margin)
         config = self.config
@@ -208,7 +211,7 @@ class XFuse(Model[XFuseConfig]):
                 self.genes,
                 "counts",
                 draws.mean(axis=0),
-                std=draws.std(axis=0),
+                std=draws.std(axis=0, ddof=1) if config.n_samples > 1 else None,
                 samples=np.moveaxis(draws, 0, 2).copy() if config.keep_samples else None,
                 latent=drawn[:, rows].mean(axis=0),
                 level=parts.level,
