@@ -148,6 +148,32 @@ def golden(data_dir: Path) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
+def tesla_dir(data_dir: Path) -> Path:
+    """Folder of the recorded numbers."""
+    folder = data_dir / "golden" / "tesla"
+    if not folder.is_dir():
+        pytest.skip(f"{data_dir} holds no golden/tesla")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tesla(tesla_dir: Path) -> Callable[[str], Any]:
+    """Reader of the numbers recorded from the published TESLA program: ``tesla("refine")["wide"]``."""
+    import numpy as np
+
+    return lambda name: np.load(tesla_dir / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def tesla_image(tesla_dir: Path) -> Any:
+    """The image, RGB."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(tesla_dir / "image_bgr.png").convert("RGB"))
+
+
+@pytest.fixture(scope="session")
 def _small_section() -> SpatialData:
     return hx.datasets.synthetic(size_px=800, pitch_um=40.0, diameter_um=40.0, n_genes=60, seed=2)
 

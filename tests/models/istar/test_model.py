@@ -12,7 +12,6 @@ from hespotex.errors import DataValueError, ModelMismatchError
 from hespotex.models import Run
 from hespotex.models.istar import model as istar_model
 from hespotex.models.istar.features import HIPT_BOXES, SmoothedRows, shift_ensemble, smoothed
-from hespotex.models.istar.network import nb_loss, poisson_loss
 
 CPU = Run(seed=1, device="cpu")
 TINY = {"epochs": 2, "n_members": 2, "width": 16, "n_layers": 2}
@@ -198,22 +197,6 @@ def test_features_of_hipt_are_smoothed_over_what_is_there(make_parts):
         assert smoothed(other, grid, "centred") is other
     assert smoothed(values, None, "centred") is values
     assert smoothed(values, grid, "none") is values
-
-
-def test_losses():
-    rng = np.random.default_rng(0)
-    expected, counts = torch.tensor(rng.uniform(0.5, 9, (40, 3))), torch.tensor(rng.poisson(4, (40, 3)).astype(float))
-    assert float(poisson_loss(counts, counts)) == pytest.approx(0, abs=1e-6)
-    assert float(poisson_loss(expected, counts)) > 0
-    from scipy.stats import nbinom
-
-    log_dispersion = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
-    n = torch.exp(-log_dispersion)
-    reference = -nbinom.logpmf(counts, n, n / (n + expected)).mean()
-    assert float(nb_loss(expected, counts, log_dispersion)) == pytest.approx(reference, rel=1e-6)
-    zero = torch.zeros(2, 3, requires_grad=True)
-    poisson_loss(zero, torch.tensor([[0.0, 1, 2], [0, 0, 0]])).backward()
-    assert torch.isfinite(zero.grad).all()
 
 
 def test_few_spots_empty_genes_and_spots_without_parts(make_parts):

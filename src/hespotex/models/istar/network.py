@@ -11,10 +11,9 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PartNetwork", "nb_loss", "poisson_loss", "positive"]
+__all__ = ["PartNetwork", "positive"]
 
 _FLOOR = 0.01
-_TINY = 1e-8
 
 
 def positive(x: Tensor) -> Tensor:
@@ -68,24 +67,3 @@ class PartNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Expression in units of each gene's scale, (k, G), of parts with features (k, d)."""
         return self.decode(self.embed(x))
-
-
-def poisson_loss(expected: Tensor, counts: Tensor) -> Tensor:
-    """Half the mean Poisson deviance of `counts` from `expected`, both (n, G)."""
-    expected = expected + _TINY
-    return (expected - counts + torch.xlogy(counts, counts) - counts * torch.log(expected)).mean()
-
-
-def nb_loss(expected: Tensor, counts: Tensor, log_dispersion: Tensor) -> Tensor:
-    """Mean negative log-likelihood of `counts` (n, G) for variance μ + φ·μ², φ = exp(`log_dispersion`) (G,)."""
-    expected = expected + _TINY
-    inverse = torch.exp(-log_dispersion)
-    log_total = torch.log(expected + inverse)
-    likelihood = (
-        torch.lgamma(counts + inverse)
-        - torch.lgamma(inverse)
-        - torch.lgamma(counts + 1)
-        + inverse * (-log_dispersion - log_total)
-        + counts * (torch.log(expected) - log_total)
-    )
-    return -likelihood.mean()

@@ -14,9 +14,10 @@ from ..._optional import optional_import
 from ...data.section import Section
 from ...errors import DataValueError
 from .._inner import Scaler, of_shape, read_features, row_blocks
+from ..nn.counts import nb_loss, poisson_loss
 from ..nn.pooling import Bags, bag_rows
 from .config import IStarConfig
-from .network import PartNetwork, nb_loss, poisson_loss
+from .network import PartNetwork
 from .spots import disc, disc_members, published_radius
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def batch_loss(network: PartNetwork, batch: tuple[Tensor, ...], config: IStarCon
     expected = mean * (size * depth)[:, None] * slope
     if config.loss == "nb":
         assert network.log_dispersion is not None
-        return nb_loss(expected, target, network.log_dispersion)
+        return nb_loss(expected, target, torch.exp(-network.log_dispersion))
     return poisson_loss(expected, target)
 
 

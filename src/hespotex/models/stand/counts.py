@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..nn.counts import nb_loss, poisson_loss
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..nn.pooling import Bags
 
-__all__ = ["CountDecoder", "count_variance", "nb_loss", "poisson_loss"]
+__all__ = ["CountDecoder", "count_variance"]
 
 _SHIFT = math.log(math.e - 1)  # softplus gives 1 here
 _AMBIENT = 0.1  # of a spot's expression, to start with
@@ -112,24 +114,6 @@ class CountDecoder(nn.Module):
     def variance(self, mu: Tensor) -> Tensor:
         """Variance of counts with expectation `mu` (n, G)."""
         return count_variance(mu, None if self.log_dispersion is None else self.log_dispersion.exp())
-
-
-def poisson_loss(mu: Tensor, counts: Tensor) -> Tensor:
-    """Mean negative log-likelihood of Poisson counts."""
-    return -(torch.xlogy(counts, mu + _TINY) - mu - torch.lgamma(counts + 1)).mean()
-
-
-def nb_loss(mu: Tensor, counts: Tensor, theta: Tensor) -> Tensor:
-    """Mean negative log-likelihood of negative binomial counts with mean `mu` and variance μ + μ²/θ."""
-    total = torch.log(theta + mu + _TINY)
-    log_likelihood = (
-        torch.lgamma(counts + theta)
-        - torch.lgamma(theta)
-        - torch.lgamma(counts + 1)
-        + theta * (theta.log() - total)
-        + counts * (torch.log(mu + _TINY) - total)
-    )
-    return -log_likelihood.mean()
 
 
 def count_variance(mu: Tensor, theta: Tensor | None) -> Tensor:
