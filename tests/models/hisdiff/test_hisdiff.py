@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from hespotex import models
+from hespotex.data.lattice import spot_pitch
+from hespotex.data.section import Section
 from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError
 from hespotex.models import Recipe, Run
 from hespotex.models import _samples as samples_module
@@ -14,7 +16,7 @@ from hespotex.models.hisdiff import HisDiff
 from hespotex.models.hisdiff import model as model_module
 from hespotex.models.hisdiff.diffusion import Schedule, denoising_terms, gaussian_log_likelihood, sample
 from hespotex.models.hisdiff.expression import ExpressionSpace
-from hespotex.models.hisdiff.neighbours import neighbour_index
+from hespotex.models.hisdiff.neighbours import neighbour_index, neighbours_at_pitch
 from hespotex.models.hisdiff.network import Context
 from hespotex.models.hisdiff.noise import SpotNoise, spot_keys
 
@@ -496,3 +498,33 @@ def test_impossible_settings(options):
         models.create("hisdiff", **options)
     with pytest.raises(DataValueError, match="'small', 'paper', 'stem'"):
         HisDiff.preset("large")
+
+
+def test_neighbours_of_a_denser_lattice_keep_the_pitch():
+    x, y = np.meshgrid(np.arange(21) * 50.0, np.arange(21) * 50.0)
+    dense = np.column_stack([x.ravel(), y.ravel()])
+    on = np.flatnonzero((dense % 200 == 0).all(axis=1))
+    coarse, gone = neighbour_index(dense[on], 9, region=np.zeros(len(on)), radius_um=300.0)
+    index, absent = neighbours_at_pitch(dense, 9, region=np.zeros(len(dense)), pitch_um=200.0, radius_um=300.0)
+    middle = np.flatnonzero(((dense[on] > 200) & (dense[on] < 800)).all(axis=1))
+    assert not gone[middle].any()
+    assert not absent[on[middle]].any()
+    np.testing.assert_array_equal(np.sort(index[on[middle]]), np.sort(on[coarse[middle]]))
+    assert (index[:, 0] == np.arange(len(dense))).all()
+    halves = dense[:, 0] > 500
+    inside, _ = neighbours_at_pitch(dense, 9, region=halves, pitch_um=200.0)
+    assert (halves[inside] == halves[:, None]).all()
+
+
+def test_a_denser_grid_is_predicted_with_context_of_the_training_pitch(sections):
+    model = tiny(standardize="none").fit(sections[:2], CPU)
+    coarse = replace(sections[2], targets=None)
+    aside = np.array([0.4 * spot_pitch(coarse.coordinates), 0.0])
+    between = np.random.default_rng(0).normal(5, 3, size=coarse.features.shape).astype(np.float32)
+    ids = np.concatenate([coarse.ids, [f"{each} aside" for each in coarse.ids]])
+    places = np.concatenate([coarse.coordinates, coarse.coordinates + aside])
+    own, other = (
+        model.predict(Section("dense", ids, np.concatenate([coarse.features, each]), places)).mean[: coarse.n_obs]
+        for each in (coarse.features, between)
+    )
+    np.testing.assert_array_equal(own, other)  # what lies between the sites is not looked at

@@ -12,6 +12,7 @@ import torch
 
 from ..._device import resolve_device
 from ..._logging import logger
+from ...data.lattice import spot_pitch
 from ...data.section import Prediction, Section
 from ...errors import DataValueError
 from .._base import Model, ModelInfo, Run
@@ -24,7 +25,7 @@ from .._training import Fit, fit_lightning, forget_checkpoints
 from .config import PRESETS, HisDiffConfig
 from .diffusion import Schedule, sample
 from .expression import ExpressionSpace
-from .neighbours import neighbour_index
+from .neighbours import neighbour_index, neighbours_at_pitch
 from .network import Context, Denoiser
 from .noise import SpotNoise, spot_keys
 from .training import Spots, make_step
@@ -34,6 +35,7 @@ __all__ = ["HisDiff"]
 _CHOICE, _FINAL = "hisdiff-choice", "hisdiff-final"
 _TOKENS_AT_ONCE = 65_536  # in one pass of the network when sampling
 _VALIDATIONS = 50
+_DENSER = 0.75  # of the training pitch, below which neighbours are taken at that pitch
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # indices and which stand for none, (n, k) each
 
@@ -82,6 +84,7 @@ class HisDiff(Model[HisDiffConfig]):
     )
 
     seed: int
+    _pitch_um: float | None
 
     @classmethod
     def preset(cls, name: str) -> HisDiffConfig:
@@ -102,6 +105,8 @@ class HisDiff(Model[HisDiffConfig]):
         if not np.isfinite(expression).all():
             raise DataValueError("the measured expression holds values that are NaN or infinite; leave those genes out")
         starts = np.cumsum([0] + [section.n_obs for section in sections])
+        pitches = [pitch for section in sections if (pitch := _pitch(section)) is not None]
+        self._pitch_um = float(np.median(pitches)) if pitches else None
         around = _joined([self._neighbours(section) for section in sections], starts)
         measured = (expression != 0).any(axis=1)
         if not measured.any():
@@ -179,10 +184,16 @@ class HisDiff(Model[HisDiffConfig]):
         config = self.config
         assert section.region is not None
         place, region = section.coordinates, np.asarray(section.region)
-        return (
-            neighbour_index(place, config.near, region=region, radius_um=config.near_um),
-            neighbour_index(place, config.wide, region=region, radius_um=config.wide_um),
-        )
+        sizes = ((config.near, config.near_um), (config.wide, config.wide_um))
+        pitch = _pitch(section)
+        if pitch is not None and self._pitch_um is not None and pitch < _DENSER * self._pitch_um:
+            near, wide = (
+                neighbours_at_pitch(place, k, region=region, pitch_um=self._pitch_um, radius_um=radius)
+                for k, radius in sizes
+            )
+        else:
+            near, wide = (neighbour_index(place, k, region=region, radius_um=radius) for k, radius in sizes)
+        return near, wide
 
     def _context(
         self,
@@ -270,7 +281,7 @@ class HisDiff(Model[HisDiffConfig]):
             "features": self._embedding.state(),
         }
         arrays = {f"{part}.{name}": array for part, each in parts.items() for name, array in each.items()}
-        return arrays, {"seed": self.seed}
+        return arrays, {"seed": self.seed, "pitch_um": self._pitch_um}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
@@ -279,12 +290,24 @@ class HisDiff(Model[HisDiffConfig]):
             return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
 
         self.seed = int(values["seed"])
+        pitch = values.get("pitch_um")
+        self._pitch_um = None if pitch is None else float(pitch)
         self._embedding = Standardizer.from_state(part("features"), self.config.standardize)
         self._space = ExpressionSpace.from_state(part("expression"))
         of_shape(self._space.mean, (len(self.genes),), "expression.mean")
         self._network = self._build()
         self._network.load_state_dict({name: torch.tensor(array) for name, array in part("network").items()})
         self._network.requires_grad_(False).eval()
+
+
+def _pitch(section: Section) -> float | None:
+    """Distance of neighbouring spots in µm; ``None`` where there are no two, or places are not known."""
+    places = np.asarray(section.coordinates)
+    apart = np.isfinite(places).all() and len(np.unique(places, axis=0)) > 1
+    try:
+        return spot_pitch(places, np.asarray(section.region)) if apart else None
+    except DataValueError:  # each alone in its region
+        return None
 
 
 class _Moments:
