@@ -37,6 +37,7 @@ COHORT, N_PATIENTS, N_GENES = 21, 4, 250
 SPREAD_UM = 6.0  # of a cell's transcripts around its centre, for the truth of superpixels
 MATCH_UM = 4.0  # a nucleus is a cell's if it lies nearer
 HELD_OUT = 0.1
+MOB_MPP = 4.55  # of the images of the mouse olfactory bulb on the denser array
 
 IN_SAMPLE = {
     "nearest spot": {"name": "interpolate", "method": "nearest"},
@@ -66,14 +67,14 @@ UNTRAINED = ("interpolate", "tesla")
 # Sections
 
 
-def prepare(sdata, *, size_um: float = 8.0, nuclei: bool = True) -> None:
-    """Tissue, superpixels and nuclei with their features."""
+def prepare(sdata, *, size_um: float = 8.0, nuclei: bool = True, mpp: float | None = None) -> None:
+    """Tissue, superpixels and nuclei with their features, read at `mpp` where the image is too coarse for the default."""
     import hespotex as hx
 
     hx.pp.detect_tissue(sdata)
     hx.pp.superpixels(sdata, size_um)
-    hx.pp.embed(sdata, "morphology", shapes_key="superpixels", tile_um=2 * size_um)
-    hx.pp.embed(sdata, "rgb", shapes_key="superpixels", tile_um=size_um)
+    hx.pp.embed(sdata, "morphology", shapes_key="superpixels", mpp=mpp)
+    hx.pp.embed(sdata, "rgb", shapes_key="superpixels", mpp=mpp)
     if nuclei:
         hx.pp.segment_nuclei(sdata)
         hx.pp.embed_nuclei(sdata, "morphology")
@@ -128,10 +129,10 @@ def real(name: str, data: Path):
                 folder / f"MOB{number}.jpg",
                 name=name,
                 patient="1" if number in "12" else "2",
-                mpp=4.55,
+                mpp=MOB_MPP,
             )
         fine = name.startswith("her2st")
-        prepare(sdata, size_um=8.0 if fine else 16.0, nuclei=fine)
+        prepare(sdata, size_um=8.0 if fine else 16.0, nuclei=fine, mpp=MOB_MPP if "2k" in name else None)
         return sdata
 
     return stored(name, make)
