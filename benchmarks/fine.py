@@ -469,19 +469,57 @@ def rows(kind: str) -> pd.DataFrame:
     return pd.DataFrame([json.loads(path.read_text()) for path in sorted((RESULTS / kind).glob("*.json"))])
 
 
+COLUMNS = {
+    "synthetic": {
+        "r_superpixels": "r superpixels",
+        "r_nuclei": "r nuclei",
+        "r_within": "within type",
+        "seconds_fit": "fit, s",
+        "seconds_predict": "predict, s",
+        "peak_gb": "peak, GB",
+    },
+    "real": {
+        "spots": "spots fitted",
+        "scored": "scored",
+        "r": "r",
+        "rmse": "RMSE",
+        "ssim": "SSIM",
+        "seconds_fit": "fit, s",
+        "seconds_predict": "predict, s",
+        "peak_gb": "peak, GB",
+    },
+}
+SUMS = {
+    "sum_error": "error of sums",
+    "poisson": "of a right expectation",
+    "reconciled_error": "largest error after reconcile, counts",
+    "seconds_reconcile": "reconcile, s",
+}
+
+
 def table() -> None:
-    """Markdown of what was run."""
-    for kind, by in (
-        ("quick", ["task", "method"]),
-        ("synthetic", ["task", "method"]),
-        ("real", ["task", "section", "method"]),
+    """Markdown of what was run, best first; methods below Gaussian interpolation are marked."""
+    for kind, by, score in (
+        ("quick", ["task"], "r_superpixels"),
+        ("synthetic", ["task"], "r_superpixels"),
+        ("real", ["task", "section"], "r"),
     ):
         found = rows(kind)
         if found.empty:
             continue
-        numbers = [c for c in found.columns if c not in (*by, "patient")]
-        print(f"\n## {kind}\n")
-        print(found.groupby(by)[numbers].mean().round(3).reset_index().to_markdown(index=False))
+        for group, each in found.groupby(by):
+            mean = each.groupby("method").mean(numeric_only=True)
+            columns = COLUMNS["real" if kind == "real" else "synthetic"]
+            shown = mean.reindex(columns=list(columns)).sort_values(score, ascending=False).round(3)
+            if "Gaussian interpolation" in mean.index:
+                least = mean.loc["Gaussian interpolation", score]
+                shown["loses to interpolation"] = np.where(mean.loc[shown.index, score] < least, "yes", "")
+            print(f"\n## {kind}, {', '.join(group)}\n")
+            print(shown.rename(columns=columns).reset_index().to_markdown(index=False))
+    if not (found := rows("real")).empty:
+        print("\n## sums over the spots that were fitted, mean over sections and tasks\n")
+        mean = found.groupby("method")[list(SUMS)].mean(numeric_only=True).round(3)
+        print(mean.rename(columns=SUMS).reset_index().to_markdown(index=False))
 
 
 def main() -> None:
