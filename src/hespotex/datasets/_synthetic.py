@@ -49,8 +49,8 @@ def synthetic(
     Six types of cells (two of them, T and B cells, look alike) live in tumour nests, stroma, lymphoid aggregates, fat
     and glands. Each has its own nuclear size, shape, colour, density and marker genes. Further genes depend on the
     neighbours of a cell (contact with T cells, distance from the tumour's border), on a threshold of its atypia, on a
-    field that the image does not show, or on nothing. Spots catch the cells beneath them and a little of those around;
-    counts are negative binomial, each spot with its own efficiency.
+    field that the image does not show, or on nothing. Transcripts diffuse: of what a spot catches, more than half comes
+    from cells around it. Counts are negative binomial, each spot with its own efficiency.
 
     Patients differ in stain, in the mixture of regions and in the levels of genes; the sections of one patient share
     them. Patient 3 of a seed is the same whether simulated alone or among others.
