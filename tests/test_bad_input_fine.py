@@ -11,12 +11,22 @@ from spatialdata.transformations import get_transformation
 
 import hespotex as hx
 from hespotex.errors import DataValueError, HespotexError
+from hespotex.models import _samples
 
 GENES = ["TUMOUR1", "T_CELL1"]
 TRAINED = {
     "ridge_parts": {},
     "istar": {"epochs": 2, "n_members": 1, "width": 16},
     "histex": {"epochs": 1, "n_members": 1},
+    "xfuse": {
+        "depth": 2,
+        "width": 2,
+        "patch": 8,
+        "metagenes": 1,
+        "start_profiles": "equal",
+        "epochs": 1,
+        "n_samples": 2,
+    },
 }
 UNTRAINED = ("tesla", "interpolate")
 
@@ -55,7 +65,7 @@ def move_tissue(sdata, outline):
     return sdata
 
 
-METHODS = [*TRAINED, *UNTRAINED]
+METHODS = [*(name for name in TRAINED if name != "xfuse"), *UNTRAINED, pytest.param("xfuse", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -124,18 +134,47 @@ def test_genes_that_are_all_zero(name):
         assert np.abs(values).max() < 1
 
 
-def test_nuclei_outside_all_spots_and_spots_without_nuclei():
-    sdata = section()
+OF_NUCLEI = [("ridge_parts", {}), ("stand", {"max_epochs": 2})]
+
+
+def keep_nuclei(sdata, chosen):
+    """Only some of the nuclei."""
     hx.pp.segment_nuclei(sdata, progress_bar=False)
-    left = sdata["nuclei"].geometry.centroid.x < 350
-    kept = sdata["nuclei"][left]
+    kept = sdata["nuclei"][chosen(sdata["nuclei"].geometry.centroid)]
     del sdata["nuclei_features"]
     sdata["nuclei"] = kept
     hx.pp.embed_nuclei(sdata, "morphology", progress_bar=False)
-    model = hx.tl.train(sdata, "ridge_parts", genes=GENES, parts_key="nuclei")
+    return sdata
+
+
+@pytest.mark.parametrize(("name", "config"), OF_NUCLEI)
+def test_nuclei_outside_all_spots_and_spots_without_nuclei(name, config):
+    sdata = keep_nuclei(section(), lambda centres: centres.x < 350)
+    model = hx.tl.train(sdata, name, config=config, genes=GENES, parts_key="nuclei")
     hx.tl.predict(sdata, model)
-    assert sdata["ridge_parts_nuclei"].n_obs == len(kept)
-    assert np.isfinite(sdata["ridge_parts_nuclei"].X).all()
+    assert sdata[f"{name}_nuclei"].n_obs == len(sdata["nuclei"])
+    assert np.isfinite(sdata[f"{name}_nuclei"].X).all()
+
+
+@pytest.mark.parametrize(("name", "config"), OF_NUCLEI)
+def test_nuclei_of_which_no_spot_holds_any(name, config):
+    sdata = section()
+    keep(sdata, sdata["table"].obsm["spatial"][:, 0] > 450)
+    keep_nuclei(sdata, lambda centres: centres.x < 300)
+    with pytest.raises(HespotexError, match="no spot holds any of its|no spot holds a nucle"):
+        hx.tl.train(sdata, name, config=config, genes=GENES, parts_key="nuclei")
+
+
+@pytest.mark.slow
+def test_more_samples_than_memory_holds(monkeypatch):
+    sdata = with_parts(section())
+    model = hx.tl.train(sdata, "xfuse", config=TRAINED["xfuse"], genes=GENES)
+    monkeypatch.setattr(_samples, "available_bytes", lambda: 2 * 3 * 4 * len(sdata["superpixels"]) * len(GENES))
+    with pytest.raises(DataValueError, match="memory allows n_samples=3"):
+        hx.tl.predict(sdata, model, n_samples=4, keep_samples=True)
+    assert "xfuse_superpixels" not in sdata.tables
+    hx.tl.predict(sdata, model, n_samples=3, keep_samples=True)
+    assert sdata["xfuse_superpixels"].obsm["xfuse_samples"].shape[1:] == (2, 3)
 
 
 def test_a_method_of_nuclei_does_not_take_superpixels_for_them():

@@ -20,6 +20,7 @@ class Keys:
 
     # coordinate systems
     MICRONS: Final = "microns"
+    RASTER: Final = "_raster"  # after the name of a table: the image of its prediction
 
     # elements
     IMAGE: Final = "image"

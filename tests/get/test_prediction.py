@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -8,8 +10,8 @@ from scipy import sparse
 
 import hespotex as hx
 from hespotex.data.provenance import record
-from hespotex.data.stored import write_prediction
-from hespotex.errors import HespotexWarning, MissingKeyError
+from hespotex.data.stored import check_free, write_prediction
+from hespotex.errors import DataValueError, HespotexWarning, MissingKeyError
 
 from ..conftest import stored
 
@@ -79,3 +81,23 @@ def test_the_result_is_apart_from_the_object() -> None:
     pred.uns["hespotex"]["ridge"]["genes"][0] = "?"
     pred.layers["std"][:] = 0
     assert stored(adata) == before
+
+
+def test_a_new_prediction_leaves_nothing_of_the_last_one_under_its_key() -> None:
+    adata = table()
+    adata.obsm["ridge_samples"] = np.zeros((3, 3, 2), dtype=np.float32)
+    adata.obs["ridge_ood"] = 0.5
+    write_prediction(adata, "ridge", np.zeros((3, 3), dtype=np.float32), GENES, {}, own_table=False)
+    assert set(adata.obsm) == {"ridge"}
+    assert "ridge_ood" not in adata.obs
+
+
+@pytest.mark.parametrize("place", ["obsm['ridge_samples']", "obs['ridge_ood']"])
+def test_what_a_user_keeps_under_a_name_of_a_prediction_is_not_replaced(place: str) -> None:
+    adata = ad.AnnData(np.ones((3, 2), dtype=np.float32))
+    if place.startswith("obsm"):
+        adata.obsm["ridge_samples"] = np.zeros((3, 2))
+    else:
+        adata.obs["ridge_ood"] = 1.0
+    with pytest.raises(DataValueError, match=re.escape(place)):
+        check_free(adata, "ridge")

@@ -72,3 +72,10 @@ def test_input_that_cannot_be_scored(measured):
         m.coexpression_score(measured, measured, detected=np.ones(3))
     with pytest.raises(DataValueError, match="1 dimensions"):
         m.coexpression(measured[0])
+
+
+def test_a_prediction_without_any_pair_is_not_significant():
+    measured = np.random.default_rng(0).gamma(2.0, size=(30, 6))
+    score = m.coexpression_score(measured, np.ones_like(measured), n_permutations=19)
+    assert np.isnan(score.pearson)
+    assert np.isnan(score.p_value)

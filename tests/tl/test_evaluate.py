@@ -5,6 +5,7 @@ import pytest
 from scipy import sparse
 
 import hespotex as hx
+from hespotex.data.bridge import regions_of
 from hespotex.data.provenance import record
 from hespotex.data.stored import write_prediction
 from hespotex.data.units import normalize
@@ -284,3 +285,17 @@ def test_counts_in_a_layer_tell_sections_apart():
     hx.tl.evaluate(sections[0], reference=sections[1], counts_layer="counts")
     with pytest.raises(LeakageError):
         hx.tl.evaluate(sections[0], reference=sections[0].copy(), counts_layer="counts")
+
+
+def test_a_region_of_a_table_is_known_from_its_training():
+    adata = section("A", "P", 0)
+    adata.obs["region"] = np.repeat(["left", "right"], 32)
+    adata.obs["region"] = adata.obs["region"].astype("category")
+    adata.obs["id"] = np.arange(64)
+    adata.uns["spatialdata_attrs"] = {"region": ["left", "right"], "region_key": "region", "instance_key": "id"}
+    predict(adata)
+    names = [region.name for region in regions_of(adata)]
+    assert len(names) == 2
+    adata.uns["hespotex"]["toy"] |= {"training_sections": names, "training_patients": ["P", "P"]}
+    with pytest.warns(HespotexWarning, match="were in the training of a model evaluated here"):
+        hx.tl.evaluate(adata, "toy", nulls=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pytest
 import spatialdata
-from spatialdata.transformations import get_transformation
+from spatialdata.models import TableModel
+from spatialdata.transformations import get_transformation, set_transformation
 
 import hespotex as hx
 from hespotex.data import blockwise
@@ -15,6 +17,7 @@ from hespotex.errors import (
     DataTypeError,
     DataValueError,
     GeometryError,
+    HespotexWarning,
     MissingKeyError,
     ModelMismatchError,
 )
@@ -150,6 +153,121 @@ def test_an_in_sample_method_knows_its_section(section, other):
         hx.tl.predict(other, model)
 
 
+@pytest.mark.parametrize(("name", "config"), [("interpolate", {}), ("stage", {"max_epochs": 2, "patience": None})])
+def test_an_in_sample_method_knows_its_section_without_the_spots_it_left_out(section, name, config):
+    totals = np.asarray(section["table"].X.sum(axis=1)).ravel()
+    section["table"].layers["raw"] = section["table"].X.copy()
+    section["table"].X = section["table"].X * 0.5  # no counts: the layer named at training is read again
+    with pytest.warns(HespotexWarning, match="are left out"):
+        model = hx.tl.train(
+            section,
+            name,
+            config=config,
+            genes=GENES,
+            min_counts=int(np.median(totals)),
+            counts_layer="raw",
+            parts_key="superpixels",
+        )
+    with pytest.warns(HespotexWarning, match="are left out"):
+        hx.tl.predict(section, model)
+    assert np.isfinite(section[f"{name}_superpixels"].X).all()
+
+
+def test_what_was_learned_of_superpixels_is_not_taken_for_nuclei(section, linear):
+    hx.pp.segment_nuclei(section, progress_bar=False)
+    hx.pp.embed_nuclei(section, "morphology", tile_um=32, progress_bar=False)
+    with pytest.raises(ModelMismatchError, match="'nuclei' are nuclei, and the model was trained on superpixels"):
+        hx.tl.predict(section, linear, parts_key="nuclei")
+    assert "ridge_parts_nuclei" not in section.tables
+
+
+def test_one_gene_may_be_named_alone(section):
+    hx.tl.predict(section, "interpolate", genes="TUMOUR1")
+    assert list(section["interpolate_superpixels"].var_names) == ["TUMOUR1"]
+
+
+def without_scale():
+    sdata = hx.datasets.synthetic(size_px=600, n_genes=20, pitch_um=60, seed=0)
+    for _, _, element in sdata.gen_spatial_elements():
+        set_transformation(element, {"global": get_transformation(element, "global")}, set_all=True)
+    return sdata
+
+
+def systems(sdata):
+    return {name: dict(get_transformation(each, get_all=True)) for _, name, each in sdata.gen_spatial_elements()}
+
+
+def test_a_scale_given_at_prediction_reaches_an_untrained_method_and_stays_with_its_result():
+    sdata = without_scale()
+    hx.tl.predict(sdata, "interpolate", genes=GENES[:2], mpp=0.5)
+    assert "microns" in get_transformation(sdata["image"], get_all=True)
+    assert np.isfinite(sdata["interpolate_superpixels"].X).all()
+
+
+@pytest.mark.parametrize("way", ["copy", "target", "error"])
+def test_a_scale_given_at_prediction_is_taken_back(way, tmp_path):
+    sdata = without_scale()
+    before = systems(sdata)
+    if way == "copy":
+        hx.tl.predict(sdata, "interpolate", genes=GENES[:2], mpp=0.5, copy=True)
+    elif way == "target":
+        hx.tl.predict(sdata, "interpolate", genes=GENES[:2], mpp=0.5, target=tmp_path / "x.zarr")
+    else:
+        with pytest.raises(DataValueError, match="NOPE"), pytest.warns(HespotexWarning, match="NOPE"):
+            hx.tl.predict(sdata, "interpolate", genes=[*GENES[:2], "NOPE"], mpp=0.5)
+    assert systems(sdata) == before
+
+
+def test_what_is_wrong_is_said_before_parts_are_embedded(linear, tmp_path, monkeypatch):
+    sdata = hx.datasets.synthetic(size_px=600, with_expression=False, seed=9)
+
+    def never(*args, **kwargs):
+        raise AssertionError("embedded first")
+
+    monkeypatch.setattr(hx.pp, "embed", never)
+    (tmp_path / "there.zarr").mkdir()
+    with pytest.raises(DataValueError, match="exists already"):
+        hx.tl.predict(sdata, linear, target=tmp_path / "there.zarr")
+    with pytest.raises(DataValueError, match="NOPE"):
+        hx.tl.predict(sdata, linear, genes=["NOPE"])
+    monkeypatch.setattr(blockwise, "available_bytes", lambda: 1_000)
+    with pytest.raises(DataValueError, match=r"genes=.*target="):
+        hx.tl.predict(sdata, linear)
+
+
+def test_ctrl_c_leaves_neither_object_nor_target_half_written(section, linear, tmp_path, monkeypatch):
+    blocks = type(linear).predict_blocks
+
+    def interrupted(self, *args, **kwargs):
+        yield next(blocks(self, *args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(linear), "predict_blocks", interrupted)
+    before = {name for _, name, _ in section.gen_elements()}
+    with pytest.raises(KeyboardInterrupt):
+        hx.tl.predict(section, linear, block_rows=100)
+    with pytest.raises(KeyboardInterrupt):
+        hx.tl.predict(section, linear, block_rows=100, target=tmp_path / "big.zarr")
+    assert {name for _, name, _ in section.gen_elements()} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_raster_names_what_is_wrong(section, linear):
+    hx.tl.predict(section, linear)
+    with pytest.raises(DataValueError, match="genes is empty"):
+        hx.get.raster(section, "ridge_parts", genes=[])
+    section["ridge_parts_superpixels_raster"] = section["tissue"]
+    with pytest.raises(DataValueError, match="'ridge_parts_superpixels_raster', as another element is"):
+        hx.get.raster(section, "ridge_parts", write=True)
+
+
+def test_a_raster_of_nuclei_is_refused_before_they_are_predicted(section, monkeypatch):
+    hx.pp.segment_nuclei(section, progress_bar=False)
+    monkeypatch.setattr(hx.models.get("interpolate"), "predict_blocks", None)
+    with pytest.raises(DataValueError, match="only a grid makes an image"):
+        hx.tl.predict(section, "interpolate", genes=GENES, parts_key="nuclei", raster=True)
+
+
 def test_cells_of_another_size_are_refused(linear, other):
     fresh = hx.datasets.synthetic(size_px=600, with_expression=False, seed=9)
     hx.pp.detect_tissue(fresh)
@@ -215,6 +333,25 @@ def test_raster_shows_each_cell_at_its_place(section, linear):
     whole = int(np.argmax(shapes.area))
     centre = matrix @ [column[whole] + 0.5, row[whole] + 0.5, 1]
     np.testing.assert_allclose(centre[:2], np.ravel(shapes.geometry.iloc[whole].centroid.coords[0]))
+
+
+def test_a_raster_is_not_taken_for_the_slide(section, linear):
+    hx.tl.predict(section, linear, raster=True)
+    assert len(section.images) == 2
+    hx.tl.predict(section, linear, key_added="again")
+    hx.tl.aggregate(section, "again_superpixels", "spots")
+    hx.pp.embed(section, "rgb", shapes_key="spots", progress_bar=False)
+    hx.pl.spatial(section, GENES[:1], "again", table_key="table")
+    with pytest.raises(MissingKeyError, match="image_key='nowhere'"):
+        hx.pp.detect_tissue(section, image_key="nowhere", key_added="other")
+
+
+def test_what_is_made_of_a_prediction_knows_what_that_was_trained_on(section, linear):
+    hx.tl.predict(section, linear)
+    hx.tl.reconcile(section, "ridge_parts_superpixels")
+    hx.tl.aggregate(section, "ridge_parts_reconciled_superpixels", "spots")
+    with pytest.warns(HespotexWarning, match="train"):
+        hx.tl.evaluate(section, "ridge_parts_reconciled", table_key="table", nulls=False, copy=True)
 
 
 def test_aggregation_is_the_sum_the_model_learned(section, linear):
@@ -322,7 +459,8 @@ def test_nuclei_are_reconciled_with_a_layer_of_counts(section):
     with pytest.raises(CountsError, match="not whole numbers"):
         hx.tl.reconcile(section, "ridge_parts_nuclei")
     assert "ridge_parts_reconciled_nuclei" not in section.tables
-    hx.tl.reconcile(section, "ridge_parts_nuclei", counts_layer="raw", key_added="exact")
+    with pytest.warns(HespotexWarning, match="1 of 50 spots hold no part of 'nuclei'"):
+        hx.tl.reconcile(section, "ridge_parts_nuclei", counts_layer="raw", key_added="exact")
     sums = hx.tl.aggregate(section, "exact_nuclei", "spots", copy=True)
     held = (sums.obs["exact_coverage"] > 0).to_numpy()
     np.testing.assert_allclose(
@@ -330,7 +468,49 @@ def test_nuclei_are_reconciled_with_a_layer_of_counts(section):
     )
 
 
+def test_sums_of_overlapping_spots_that_no_map_meets_are_told_of():
+    sdata = hx.datasets.synthetic(size_px=700, n_genes=20, pitch_um=60, diameter_um=110, seed=4)
+    hx.pp.detect_tissue(sdata)
+    hx.pp.superpixels(sdata, 16)
+    hx.pp.embed(sdata, "morphology", shapes_key="superpixels", progress_bar=False)
+    hx.tl.predict(sdata, hx.tl.train(sdata, "ridge_parts", genes=GENES[:2]))
+    with pytest.warns(HespotexWarning, match=r"\d+ of 44 sums of spots are not met"):
+        hx.tl.reconcile(sdata, "ridge_parts_superpixels")
+    sums = hx.tl.aggregate(sdata, "ridge_parts_reconciled_superpixels", "spots", copy=True)
+    measured = sdata["table"][:, sums.var_names].X
+    np.testing.assert_allclose(sums.X.sum(axis=0), np.asarray(measured.sum(axis=0)).ravel(), rtol=1e-5)
+
+
+def test_a_region_of_a_table_is_reconciled_alone(section, linear):
+    hx.tl.predict(section, linear)
+    hx.tl.reconcile(section, "ridge_parts_superpixels", key_added="alone")
+    table, spots = section["table"].copy(), section["spots"]
+    section["others"] = spots.iloc[:5].copy()
+    more = table[:5].copy()
+    more.obs["region"] = "others"
+    more.obs_names = [f"other{i}" for i in range(5)]
+    more.X = more.X * 3
+    both = anndata.concat([more, table])
+    both.obs["region"] = both.obs["region"].astype("category")
+    section["table"] = TableModel.parse(both, region=["others", "spots"], region_key="region", instance_key="spot_id")
+    with pytest.raises(AmbiguousKeyError, match=r"name one with shapes_key="):
+        hx.tl.reconcile(section, "ridge_parts_superpixels")
+    hx.tl.reconcile(section, "ridge_parts_superpixels", shapes_key="spots")
+    np.testing.assert_array_equal(section["ridge_parts_reconciled_superpixels"].X, section["alone_superpixels"].X)
+
+
+def test_a_reconciled_prediction_knows_that_it_saw_the_section(section, other, linear):
+    hx.tl.predict(other, linear)
+    hx.tl.reconcile(other, "ridge_parts_superpixels")
+    entry = other["ridge_parts_reconciled_superpixels"].uns["hespotex"]["ridge_parts_reconciled"]
+    names = [sdata.attrs["hespotex"]["name"] for sdata in (section, other)]
+    assert list(entry["training_sections"]) == names
+
+
 def test_reconciling_names_what_is_wrong(section, linear):
+    hx.tl.predict(section, linear)
+    with pytest.raises(DataValueError, match="would replace table 'ridge_parts_superpixels' that is reconciled"):
+        hx.tl.reconcile(section, "ridge_parts_superpixels", key_added="ridge_parts")
     hx.tl.predict(section, "interpolate", genes=GENES)
     with pytest.raises(DataValueError, match="'log1p_cp10k', of which sums mean nothing"):
         hx.tl.reconcile(section, "interpolate_superpixels")

@@ -16,7 +16,7 @@ from ..errors import DataValueError
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["TableStore", "available_bytes", "check_fits"]
+__all__ = ["TableStore", "available_bytes", "check_fits", "check_target"]
 
 _CHUNK_GENES = 256
 _CHUNK_ROWS = 4096
@@ -45,10 +45,7 @@ class TableStore:
 
     def __init__(self, path: str | Path, sdata: SpatialData, table_key: str) -> None:
         self._path, self._sdata, self._key = Path(path), sdata, table_key
-        if self._path.exists():
-            raise DataValueError(
-                f"target={str(path)!r} exists already; name a folder that does not, or remove it first"
-            )
+        check_target(path)
         self._staging: Path | None = None
         self._table: Any = None
 
@@ -59,10 +56,10 @@ class TableStore:
         self._staging = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
         try:
             self._sdata.write(self._staging / "store")
+            self._table = zarr.open_group(self._staging / "store" / "tables" / self._key, mode="r+")
         except BaseException:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise
-        self._table = zarr.open_group(self._staging / "store" / "tables" / self._key, mode="r+")
         return self
 
     def write(self, rows: slice, values: np.ndarray, layer: str | None = None) -> None:
@@ -95,6 +92,18 @@ class TableStore:
                 (self._staging / "store").rename(self._path)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise if there is something at the place of a store to write.
+
+    Raises
+    ------
+    DataValueError
+        Naming it.
+    """
+    if Path(path).exists():
+        raise DataValueError(f"target={str(path)!r} exists already; name a folder that does not, or remove it first")
 
 
 def available_bytes() -> int | None:

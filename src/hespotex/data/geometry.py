@@ -46,6 +46,7 @@ __all__ = [
     "shape_positions",
     "shape_radii",
     "shape_radius",
+    "slide_images",
 ]
 
 MAX_ANISOTROPY = 0.03  # beyond it one number cannot stand for the scale of both axes
@@ -226,6 +227,11 @@ def shape_radii(sdata: SpatialData, shapes_key: str, slide: Slide) -> np.ndarray
     return shapes["radius"].to_numpy(dtype=np.float64) * float(np.sqrt(abs(np.linalg.det(linear))))
 
 
+def slide_images(sdata: SpatialData) -> list[str]:
+    """Names of the images, without the rasters that predictions were drawn as (:func:`hespotex.get.raster`)."""
+    return [name for name in sdata.images if name.removesuffix(Keys.RASTER) not in sdata.tables]
+
+
 def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_key: str | None = None) -> str:
     """The image that is meant: the one named, the only one, or the only one that `shapes_key` lies on.
 
@@ -236,11 +242,11 @@ def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_k
     """
     if not hasattr(sdata, "images"):
         raise DataTypeError(f"a SpatialData with an image is needed, got {type(sdata).__name__}")
-    there = list(sdata.images)
     if image_key is not None:
-        if image_key not in there:
-            raise MissingKeyError(f"image_key={image_key!r} is not among the images {there}")
+        if image_key not in sdata.images:
+            raise MissingKeyError(f"image_key={image_key!r} is not among the images {list(sdata.images)}")
         return image_key
+    there = slide_images(sdata)
     if not there:
         raise MissingKeyError("the object holds no image; add the H&E to sdata.images or read it with hx.io")
     if len(there) > 1 and shapes_key is not None:

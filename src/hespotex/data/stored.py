@@ -59,9 +59,10 @@ def check_free(adata: AnnData, key: str) -> None:
     """
     if key in prediction_keys(adata):
         return
-    names = (key, *(Keys.derived(key, companion) for companion in COMPANIONS))
+    names = (key, *(Keys.derived(key, companion) for companion in (*COMPANIONS, "samples")))
     held = [f"layers[{name!r}]" for name in names if name in adata.layers]
     held += [f"obsm[{name!r}]" for name in (*names, Keys.embedding(key)) if name in adata.obsm]
+    held += [f"obs[{name!r}]" for name in (Keys.derived(key, "ood"),) if name in adata.obs]
     if held or key in adata.uns.get(Keys.NAMESPACE, {}):
         there = held[0] if held else f"uns[{Keys.NAMESPACE!r}][{key!r}]"
         raise DataValueError(
@@ -89,10 +90,12 @@ def write_prediction(
         order = pd.Index(genes).get_indexer(adata.var_names)
         values = values[:, order]
         companions = {name: array[:, order] for name, array in companions.items()}
-    for mapping in (adata.layers, adata.obsm):  # an earlier prediction of the same key may have had another form
-        for name in (key, *(Keys.derived(key, companion) for companion in COMPANIONS)):
+    for mapping in (adata.layers, adata.obsm):  # an earlier prediction of the key may have had another form, or more
+        for name in (key, *(Keys.derived(key, companion) for companion in (*COMPANIONS, "samples"))):
             if name in mapping:
                 del mapping[name]
+    if (ood := Keys.derived(key, "ood")) in adata.obs:
+        del adata.obs[ood]
     target = adata.obsm if form == "obsm" else adata.layers
     if own_table:
         adata.X = values

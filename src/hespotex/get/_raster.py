@@ -52,7 +52,8 @@ def raster(
     Raises
     ------
     DataValueError
-        If the prediction is not one of superpixels, lacks a gene, or the image would not fit into memory.
+        If the prediction is not one of superpixels, lacks a gene, the image would not fit into memory, or its name is
+        taken.
 
     Examples
     --------
@@ -79,15 +80,19 @@ def raster(
             f"prediction {key!r} is of shapes {table.regions[0]!r}, which are no superpixels; only a grid makes an image"
         )
     wanted = list(stored.genes) if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    place = {gene: column for column, gene in enumerate(stored.genes)}
-    if missing := [gene for gene in wanted if gene not in place]:
+    if not wanted:
+        raise DataValueError("genes is empty: name at least one gene, or leave it out for all")
+    if write and (place := f"{name}{Keys.RASTER}") in sdata and place not in sdata.images:
+        raise DataValueError(f"the raster would be called {place!r}, as another element is; rename that one")
+    column_of = {gene: column for column, gene in enumerate(stored.genes)}
+    if missing := [gene for gene in wanted if gene not in column_of]:
         raise DataValueError(f"genes: prediction {key!r} has not {', '.join(map(repr, missing[:10]))}")
     rows, positions = row_positions(sdata, table, table.regions[0])
     grid = shapes[[Keys.GRID_ROW, Keys.GRID_COL]].to_numpy(dtype=np.int64)[positions]
     low = grid.min(axis=0)
     height, width = (grid.max(axis=0) - low + 1).tolist()
-    check_fits(height * width, len(wanted), 1, "a raster")
-    values = stored.values[rows][:, [place[gene] for gene in wanted]]
+    check_fits(height * width, len(wanted), 3, "a raster")  # the chosen values, laid out, and with genes in front
+    values = stored.values[np.ix_(rows, np.array([column_of[gene] for gene in wanted]))]
     image = np.ascontiguousarray(to_raster(values, grid).transpose(2, 0, 1))
     to_pixels = _to_pixels(shapes, low)
     transformations = {
@@ -95,7 +100,7 @@ def raster(
     }
     element = Image2DModel.parse(image, dims=("c", "y", "x"), c_coords=wanted, transformations=transformations)
     if write:
-        sdata[f"{name}_raster"] = element
+        sdata[f"{name}{Keys.RASTER}"] = element
     return element
 
 

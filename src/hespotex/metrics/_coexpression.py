@@ -28,7 +28,7 @@ class Coexpression:
         Genes that entered.
     p_value
         Share of permutations of the genes that agree as well, the observed order included (Mantel test); NaN without
-        permutations.
+        permutations or where `pearson` is.
     """
 
     pearson: float
@@ -115,7 +115,7 @@ def coexpression_score(
     pairs = truth[upper]
     r = _pearson(pairs, guess[upper])
     p_value = float("nan")
-    if n_permutations:
+    if n_permutations and np.isfinite(r):
         rng = np.random.default_rng(seed)
         orders = (rng.permutation(n) for _ in range(n_permutations))
         as_good = sum(_pearson(pairs, guess[np.ix_(order, order)][upper]) >= r for order in orders)

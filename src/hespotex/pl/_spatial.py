@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._keys import Keys
+from ..data.geometry import slide_images
 from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
 from ._common import (
     axes_array,
@@ -404,13 +405,13 @@ def _cropped(image: Any, limits: _Limits, whole: _Limits, system: str) -> tuple[
 
 
 def _image_key(sdata: SpatialData, image_key: str | None) -> str | None:
-    images = list(sdata.images)
+    images = slide_images(sdata)
     if image_key is None:
         if len(images) > 1:
             raise AmbiguousKeyError(f"the object holds several images {images}; name one with image_key=")
         return images[0] if images else None
-    if image_key not in images:
-        raise MissingKeyError(f"image_key={image_key!r} is not among the images {images}")
+    if image_key not in sdata.images:
+        raise MissingKeyError(f"image_key={image_key!r} is not among the images {list(sdata.images)}")
     return image_key
 
 

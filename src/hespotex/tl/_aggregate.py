@@ -14,7 +14,7 @@ from ..data.stored import check_free, write_prediction
 from ..data.tables import AnnotatedTable, is_derived, resolve_table, row_positions, table_role
 from ..data.transaction import restored_on_error
 from ..errors import DataValueError, MissingKeyError
-from ._levels import new_table, note, share_of, source_of, write_table
+from ._levels import new_table, note, share_of, source_of, training_of, write_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,6 +85,7 @@ def aggregate(
     True
     """
     source, values, genes, unit, name = source_of(sdata, from_, key)
+    known = training_of(source.adata, name)
     if to_ not in sdata.shapes:
         raise MissingKeyError(f"to_={to_!r} is not among the shapes {list(sdata.shapes)}")
     how = how or ("sum" if unit == "counts" else "mean")
@@ -103,7 +104,7 @@ def aggregate(
     if copy or table is None:
         result = new_table(sdata, slide, to_, chosen, gathered, genes)
         result.obs[Keys.derived(key_added, "coverage")] = coverage
-        note(result, key_added, "X", unit, genes, function="aggregate", from_=from_, how=how)
+        note(result, key_added, "X", unit, genes, function="aggregate", from_=from_, how=how, trained_on=known)
         if copy:
             return result
         write_table(sdata, result, Keys.prediction_table(key_added, to_))
@@ -119,7 +120,7 @@ def aggregate(
         covered = np.full(adata.n_obs, np.nan)
         covered[row_positions(sdata, table, to_)[0]] = coverage
         adata.obs[Keys.derived(key_added, "coverage")] = covered
-        note(adata, key_added, form, unit, genes, function="aggregate", from_=from_, how=how)
+        note(adata, key_added, form, unit, genes, function="aggregate", from_=from_, how=how, trained_on=known)
     logger.info("aggregate: %s of %r in %r; wrote %s[%r] of table %r", how, from_, to_, form, key_added, table.key)
     return None
 

@@ -203,7 +203,8 @@ def cross_validate(
         for view in views:
             for key in keys_of.values():
                 check_free(view.table.adata, key)
-    panel = genes if genes is not None else lambda train: _choose(train, gene_selection, n_top_genes)
+    given = [genes] if isinstance(genes, str) else genes
+    panel = given if given is not None else lambda train: _choose(train, gene_selection, n_top_genes)
     result = cross_validate_sections(
         sections,
         sources,

@@ -358,7 +358,8 @@ def _protocol(region: Region, key: str) -> str:
         return str(entry["protocol"])  # of a cross-validation
     sections, patients = entry.get("training_sections") or [], entry.get("training_patients") or []
     name = attributes(region.data).get("name")
-    if name is not None and (str(name), region.patient) in set(zip(sections, patients, strict=True)):
+    own = {(str(name), region.patient), (region.name, region.patient)}  # a region's name says more than the object's
+    if name is not None and own & set(zip(sections, patients, strict=True)):
         return FITTED
     if not sections or not region.patient_known or set(sections) & set(patients):
         return ""  # a section whose patient was unknown in training counts as a patient of its own name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -13,7 +13,7 @@ from .._logging import logger
 from ..data.counts import check_counts
 from ..data.geometry import Slide, shape_centres
 from ..data.parts import Observed, share_matrix
-from ..data.provenance import record
+from ..data.provenance import read_record, record
 from ..data.stored import prediction_keys, read_prediction
 from ..data.tables import AnnotatedTable, mark_table, resolve_table, table_role
 from ..errors import AmbiguousKeyError, CountsError, DataTypeError, DataValueError, MissingKeyError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["UNKNOWN", "new_table", "note", "share_of", "source_of", "write_table"]
+__all__ = ["UNKNOWN", "new_table", "note", "share_of", "source_of", "training_of", "write_table"]
 
 UNKNOWN = "unknown"  # unit of values that are neither a prediction nor counts, such as features of nuclei
 
@@ -92,9 +92,18 @@ def new_table(
 
 
 def note(
-    adata: AnnData, key: str, form: str, unit: str, genes: Sequence[str], *, function: str, from_: str, how: str
+    adata: AnnData,
+    key: str,
+    form: str,
+    unit: str,
+    genes: Sequence[str],
+    *,
+    function: str,
+    from_: str,
+    how: str,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> None:
-    """Record a prediction that `function` made from the table `from_`."""
+    """Record a prediction that `function` made from the table `from_`; `trained_on` is what :func:`training_of` told."""
     record(
         adata,
         key,
@@ -106,7 +115,14 @@ def note(
         made_from=from_,
         how=how,
         created_by=f"hespotex.tl.{function}",
+        **(trained_on or {}),
     )
+
+
+def training_of(adata: AnnData, key: str) -> dict[str, list[str]]:
+    """Sections and patients that a prediction knows the counts of: what is made of it knows them, too."""
+    entry = read_record(adata, key)
+    return {name: list(entry[name]) for name in ("training_sections", "training_patients") if name in entry}
 
 
 def write_table(sdata: SpatialData, table: AnnData, name: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
+from ..data.blockwise import check_target
 from ..data.bridge import SectionView, as_list, attributes, embedding_entry, views_of
 from ..data.provenance import from_uns
 from ..data.stored import COMPANIONS, check_free, write_prediction
@@ -154,6 +156,8 @@ def predict(
     results: list[AnnData] = []
     if target is not None and (several or copy or raster):
         raise DataValueError("target= takes one object at a time, and neither copy=True nor raster=True")
+    if target is not None:
+        check_target(target)
     for item in items:
         where_from: dict[str, Any] = {
             "table_key": table_key,
@@ -162,8 +166,13 @@ def predict(
             "parts_key": parts_key,
             "counts_layer": counts_layer,
         }
-        own = _shallow_copy(item) if copy or target is not None else item
-        with restored_on_error(own), settings.override(device=device or settings.device):
+        apart = copy or target is not None
+        own = _shallow_copy(item) if apart else item
+        with (
+            restored_on_error(own),
+            settings.override(device=device or settings.device),
+            _scaled(own, mpp, image_key, keep=not apart),
+        ):
             chosen = _resolve_model(own, model, genes, where_from)
             chosen = chosen.with_options(**options) if options else chosen
             if chosen.recipe is None:
@@ -180,7 +189,6 @@ def predict(
                     chosen.recipe,
                     key,
                     genes=genes,
-                    mpp=mpp,
                     weights=weights,
                     batch_size=batch_size,
                     block_rows=block_rows,
@@ -200,7 +208,6 @@ def predict(
                     table_key=table_key,
                     shapes_key=shapes_key,
                     image_key=image_key,
-                    mpp=mpp,
                     weights=weights,
                     batch_size=batch_size,
                     device=device,
@@ -215,6 +222,33 @@ def predict(
     if not copy:
         return None
     return results if several else results[0]
+
+
+@contextmanager
+def _scaled(data: SpatialData | AnnData, mpp: float | None, image_key: str | None, *, keep: bool) -> Iterator[None]:
+    """Give the image its scale; taken back after an error, or if it is not to stay.
+
+    Elements carry their transformations, so that those of a container of its own are the user's.
+    """
+    if mpp is None or not hasattr(data, "shapes"):
+        yield
+        return
+    from spatialdata.transformations import get_transformation, set_transformation
+
+    from ..pp import set_scale
+
+    before = [
+        (element, dict(get_transformation(element, get_all=True))) for _, _, element in data.gen_spatial_elements()
+    ]
+    done = False
+    try:
+        set_scale(data, mpp=mpp, image_key=image_key)
+        yield
+        done = True
+    finally:
+        if not (done and keep):
+            for element, transformations in before:
+                set_transformation(element, transformations, set_all=True)
 
 
 def _resolve_model(
@@ -266,7 +300,6 @@ def _prepare(
     table_key: str | None,
     shapes_key: str | None,
     image_key: str | None,
-    mpp: float | None,
     weights: str | Path | None,
     batch_size: int | None,
     device: str | None,
@@ -285,8 +318,6 @@ def _prepare(
         _require_on_anndata(table.adata, model, recipe)
         return table
 
-    if mpp is not None:
-        pp.set_scale(data, mpp=mpp, image_key=image_key)
     has_table = table_key is not None or any(
         "spatialdata_attrs" in t.uns and not is_derived(t) for t in data.tables.values()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["fit_untrained", "predict_parts"]
 
 _SIZE_UM = 8.0  # of superpixels, where nothing says otherwise
+_PLURAL: dict[str, str] = {"superpixel": "superpixels", "nucleus": "nuclei", "spot": "positions of a lattice"}
 
 
 def fit_untrained(
@@ -56,7 +58,6 @@ def predict_parts(
     parts_key: str | None,
     counts_layer: str | None,
     genes: Sequence[str] | None,
-    mpp: float | None,
     weights: str | Path | None,
     batch_size: int | None,
     block_rows: int,
@@ -65,8 +66,6 @@ def predict_parts(
     progress_bar: bool,
 ) -> str:
     """Predict at all parts and write the result; returns the name of its table."""
-    from .. import pp
-
     if not hasattr(sdata, "shapes"):
         raise DataTypeError(
             f"{model.info.name!r} predicts below the spot and needs the SpatialData that holds the image and the nuclei or "
@@ -74,26 +73,27 @@ def predict_parts(
         )
     if block_rows < 1:
         raise DataValueError(f"block_rows={block_rows} must be at least 1")
-    if mpp is not None:
-        pp.set_scale(sdata, mpp=mpp, image_key=image_key)
     parts_key = parts_key or str(recipe.parts.get("shapes") or default_parts(model.level))
-    options: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "progress_bar": progress_bar}
-    _prepare(sdata, model, recipe, parts_key, image_key=image_key, **options)
-    wanted = PartsWanted(model.level, model.needs, parts_key, recipe.embedding_key or None)
-    view, section = _section(sdata, model, recipe, wanted, table_key, shapes_key, image_key, counts_layer)
-    _check(view, model, recipe)
     panel, columns = chosen_genes(recipe, genes)
     name = Keys.prediction_table(key, parts_key)
     if name in sdata.tables and table_role(name, sdata.tables[name]) != "prediction":
         raise DataValueError(
             f"the prediction would replace table {name!r}, which is no prediction; choose another key_added="
         )
+    options: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "progress_bar": progress_bar}
+    options["n_genes"] = len(panel) if target is None else None
+    _prepare(sdata, model, recipe, parts_key, image_key=image_key, **options)
+    wanted = PartsWanted(model.level, model.needs, parts_key, recipe.embedding_key or None)
+    view, section = _section(sdata, model, recipe, wanted, table_key, shapes_key, image_key, counts_layer)
+    _check(view, model, recipe)
+    if raster and view.parts.grid is None:
+        raise DataValueError(f"raster=True: shapes {parts_key!r} are no superpixels; only a grid makes an image")
     table = _new_table(view, panel)
     blocks = model.predict_blocks(section, block_rows=block_rows)
     if target is not None:
         _to_disk(target, sdata, view, table, name, key, blocks, columns, model, recipe, panel)
         return f"{target}"
-    check_fits(view.parts.n_parts, len(panel), 2 if model.info.uncertainty else 1, "a prediction")
+    _check_room(view.parts.n_parts, len(panel), model)
     _fill(table, key, blocks, columns)
     record_prediction(table, key, "X", model, recipe, panel, parts=view.shapes_key)
     mark_table(table, "prediction")
@@ -103,6 +103,10 @@ def predict_parts(
 
         to_raster(sdata, key, table_key=name, write=True)
     return name
+
+
+def _check_room(n_parts: int, n_genes: int, model: Model) -> None:
+    check_fits(n_parts, n_genes, 2 if model.info.uncertainty else 1, "a prediction")
 
 
 def _prepare(
@@ -115,20 +119,23 @@ def _prepare(
     weights: str | Path | None = None,
     batch_size: int | None = None,
     progress_bar: bool | None = None,
+    n_genes: int | None = None,
 ) -> None:
-    """Run the ``pp`` steps that are missing, with the model's parameters."""
+    """Run the ``pp`` steps that are missing, with the model's parameters; `n_genes` are to fit into memory."""
     from .. import pp
 
     image_key = image_key or find_image_key(sdata, shapes_key=parts_key if parts_key in sdata.shapes else None)
     if parts_key not in sdata.shapes:
         _lay(sdata, recipe, parts_key, image_key, progress_bar=progress_bar)
+    held = _held(sdata, parts_key)
+    if n_genes and not held:  # an embedding of hours must not come before the refusal of what it is for
+        _check_room(len(sdata.shapes[parts_key]), n_genes, model)
     shared: dict[str, Any] = {
         "image_key": image_key,
         "shapes_key": parts_key,
         "batch_size": batch_size,
         "progress_bar": progress_bar,
     }
-    held = _held(sdata, parts_key)
     if "colour" in model.needs and Keys.COLOUR not in held:
         options = dict(
             recipe.parts.get("colour") or {"name": "rgb", "tile_um": recipe.parts.get("size_um") or _SIZE_UM}
@@ -190,20 +197,21 @@ def _section(
     """The section as the model sees it: with its spots where the method is bound to them, else its parts alone."""
     with_expression = "expression" in model.needs
     if with_expression or model.info.task == "in-sample":
+        # Its counts say which spots it was fitted on, also to a method that does not read them again.
         views = views_of(
             sdata,
-            genes=recipe.genes if with_expression else None,
+            genes=recipe.genes,
             unit=recipe.unit,
             table_key=table_key,
             shapes_key=shapes_key,
             image_key=image_key,
-            counts_layer=counts_layer,
-            min_counts=1 if with_expression else 0,
+            counts_layer=counts_layer or recipe.training.get("counts_layer"),
+            min_counts=int(recipe.training.get("min_counts", 1)),
             parts=wanted,
         )
         view: SectionView = views[0]
         assert view.parts is not None
-        return view.parts, view.section
+        return view.parts, view.section if with_expression else replace(view.section, targets=None)
     slide = resolve_slide(sdata, image_key=find_image_key(sdata, image_key, shapes_key=wanted.key))
     parts = parts_view(
         sdata,
@@ -226,6 +234,12 @@ def _section(
 
 def _check(view: PartsView, model: Model, recipe: Recipe) -> None:
     """Raise unless the parts and their features are such as the model was trained on."""
+    trained_level = recipe.parts.get("level", view.parts.level)
+    if "parts" in model.needs and trained_level != view.parts.level:
+        raise ModelMismatchError(
+            f"shapes {view.shapes_key!r} are {_PLURAL[view.parts.level]}, and the model was trained on "
+            f"{_PLURAL[trained_level]}: what it learned of one says nothing of the other. Name such shapes with parts_key="
+        )
     trained_size = recipe.parts.get("size_um")
     size = view.parts.size_um
     if trained_size and size and abs(size / trained_size - 1) > 0.01 and "parts" in model.needs:

@@ -134,7 +134,8 @@ def cross_validate_sections(
             guesses: dict[str, np.ndarray] = {}
             for label, model in fitted.items():
                 with settings.override(device=run.device):
-                    prediction = _checked(_at_spots(model.predict(blind), blind, train, unit), genes, unit, label)
+                    found = _at_spots(model, blind, train, unit) if model.reads_parts else model.predict(blind)
+                prediction = _checked(found, genes, unit, label)
                 predictions[label, int(index)] = prediction
                 guesses[label] = rows_of(prediction.mean, rows)
             windows = None
@@ -243,8 +244,8 @@ def _fit(model: Model, train: Sequence[Section], unit: str, run: Run) -> Model:
     return model.fit([replace(each, targets=each.require_targets().in_unit(own)) for each in train], run)
 
 
-def _at_spots(prediction: Prediction, section: Section, train: Sequence[Section], unit: str) -> Prediction:
-    """A prediction of parts as one of the observations, in the protocol's unit.
+def _at_spots(model: Model, section: Section, train: Sequence[Section], unit: str) -> Prediction:
+    """What a model predicts for parts, gathered block by block at the observations, in the protocol's unit.
 
     Counts are summed. The library that they are normalised by is predicted, too: the panel's sum over the share that the
     panel has of the libraries of the training sections.
@@ -254,21 +255,25 @@ def _at_spots(prediction: Prediction, section: Section, train: Sequence[Section]
     DataValueError
         If a prediction of parts is in another unit than counts or the protocol's.
     """
-    if prediction.level == "spot":
-        return prediction
-    share = section.require_parts().share
-    if prediction.unit == unit != "counts":
-        mean = np.nan_to_num(aggregate(share, rows_of(prediction.mean), "mean"))
-        return Prediction(section.ids, prediction.genes, unit, mean.astype(np.float32))
-    if prediction.unit != "counts":
+    if model.unit not in ("counts", unit):
         raise DataValueError(
-            f"a prediction of parts in {prediction.unit!r} cannot be scored in {unit!r}; set unit= to its own"
+            f"a prediction of parts in {model.unit!r} cannot be scored in {unit!r}; set unit= to its own"
         )
-    counts = np.maximum(aggregate(share, rows_of(prediction.mean)), 0.0)
+    share = sparse.csc_array(section.require_parts().share)
+    total, start = np.zeros((section.n_obs, len(model.genes))), 0
+    for block in model.predict_blocks(section):
+        stop = start + len(block.ids)
+        total += aggregate(sparse.csr_array(share[:, start:stop]), rows_of(block.mean))
+        start = stop
+    if model.unit == unit != "counts":
+        covered = np.asarray(share.sum(axis=1)).reshape(-1, 1)
+        mean = np.divide(total, covered, out=np.zeros_like(total), where=covered > 0)
+        return Prediction(section.ids, model.genes, unit, mean.astype(np.float32))
+    counts = np.maximum(total, 0.0)
     panel = sum(float(rows_of(each.require_targets().counts).sum()) for each in train)
     library = sum(float(each.require_targets().library_size.sum()) for each in train)
     mean = normalize(counts, counts.sum(axis=1) * library / max(panel, 1e-12), unit)
-    return Prediction(section.ids, prediction.genes, unit, mean)
+    return Prediction(section.ids, model.genes, unit, mean)
 
 
 def _evidence(section: Section, values: np.ndarray) -> Evidence:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._keys import Keys, check_key
-from .._logging import logger
+from ..data.bridge import regions_of
 from ..data.counts import check_counts, counts_of
 from ..data.geometry import find_image_key, resolve_slide
 from ..data.shares import reconcile as rescaled
 from ..data.tables import resolve_table, row_positions
 from ..data.transaction import restored_on_error
-from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
-from ._levels import new_table, note, share_of, source_of, write_table
+from ..errors import AmbiguousKeyError, DataValueError, HespotexWarning, MissingKeyError
+from ._levels import new_table, note, share_of, source_of, training_of, write_table
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -72,6 +73,11 @@ def reconcile(
     CountsError
         If the table holds no raw counts.
 
+    Warns
+    -----
+    HespotexWarning
+        If sums are not met, or spots hold no part.
+
     Examples
     --------
     >>> import hespotex as hx
@@ -96,6 +102,10 @@ def reconcile(
         )
     key_added = f"{name}_reconciled" if key_added is None else key_added
     check_key(key_added)
+    if Keys.prediction_table(key_added, source.regions[0]) == from_:
+        raise DataValueError(
+            f"key_added={key_added!r} would replace table {from_!r} that is reconciled; choose another"
+        )
     measured = resolve_table(sdata, table_key=table_key, shapes_key=shapes_key)
     if len(measured.regions) > 1 and shapes_key is None:
         raise AmbiguousKeyError(f"table {measured.key!r} annotates {list(measured.regions)}; name one with shapes_key=")
@@ -124,14 +134,24 @@ def reconcile(
         y = np.asarray(counts.toarray() if hasattr(counts, "toarray") else counts, dtype=float)[held]
         missed += int((np.abs(share[held] @ result[:, block] - y) > _TOLERANCE * np.maximum(y, 1)).sum())
     if missed:
-        logger.warning(
-            "reconcile: %d of %d sums of spots are not met: their spots overlap, and no map fits all of them",
-            missed,
-            int(held.sum()) * len(genes),
+        warnings.warn(
+            f"{missed} of {int(held.sum()) * len(genes)} sums of spots are not met: the spots overlap, and no map fits all of them",
+            HespotexWarning,
+            stacklevel=2,
         )
     if not held.all():
-        logger.warning("reconcile: %d of %d spots hold no part of %r", int((~held).sum()), len(held), fine)
+        warnings.warn(
+            f"{int((~held).sum())} of {len(held)} spots hold no part of {fine!r}; their counts are in no part",
+            HespotexWarning,
+            stacklevel=2,
+        )
+    own = next(region for region in regions_of(sdata, table_key=measured.key) if region.rows[0] == spot_rows[0])
+    trained_on = training_of(source.adata, name)
+    trained_on = {
+        "training_sections": [*trained_on.get("training_sections", []), own.name],
+        "training_patients": [*trained_on.get("training_patients", []), own.patient],
+    }
     with restored_on_error(sdata):
         table = new_table(sdata, slide, fine, positions, result, genes)
-        note(table, key_added, "X", unit, genes, function="reconcile", from_=from_, how="sum")
+        note(table, key_added, "X", unit, genes, function="reconcile", from_=from_, how="sum", trained_on=trained_on)
         write_table(sdata, table, Keys.prediction_table(key_added, fine))

@@ -234,7 +234,9 @@ def fit_model(
         checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
     )
     model.fit([view.section for view in views], run)
-    model.recipe = replace(recipe, scores=model.scores)
+    # A method bound to its section reads the same spots of it again.
+    bound = {"min_counts": min_counts, "counts_layer": counts_layer} if model.info.task == "in-sample" else {}
+    model.recipe = replace(recipe, scores=model.scores, training={**recipe.training, **bound})
     return model
 
 
@@ -257,7 +259,7 @@ def _panel(
 ) -> tuple[str, ...]:
     """Genes to learn: those given, those marked, or those chosen from these sections."""
     if genes is not None:
-        given = list(dict.fromkeys(map(str, genes)))
+        given = list(dict.fromkeys([genes] if isinstance(genes, str) else map(str, genes)))
         shared = [gene for gene in given if all(gene in table.var_names for table in tables)]
         if missing := sorted(set(given) - set(shared)):
             warnings.warn(

@@ -14,10 +14,10 @@ from hespotex.models.xfuse import XFuse
 from hespotex.models.xfuse import model as model_module
 from hespotex.models.xfuse.baselines import Start
 from hespotex.models.xfuse.config import XFuseConfig
-from hespotex.models.xfuse.likelihood import nb_log_prob, nb_mean, total_counts
+from hespotex.models.xfuse.likelihood import nb_log_prob, nb_mean, normal_log_ratio, total_counts
 from hespotex.models.xfuse.metagenes import Change, Metagenes, drop_and_split
 from hespotex.models.xfuse.network import Network
-from hespotex.models.xfuse.objective import Generative
+from hespotex.models.xfuse.objective import Drawn, Generative
 from hespotex.models.xfuse.slides import Colours, Raster, Slide, View, draw_patches, take
 from hespotex.models.xfuse.training import (
     batches,
@@ -191,6 +191,15 @@ def test_checklist_10_global_terms_are_scaled_and_latent_ones_are_not():
     torch.testing.assert_close(once.profile_terms, 3 * thrice.profile_terms)
     torch.testing.assert_close(once.effect, 3 * thrice.effect)
     torch.testing.assert_close(once.latent, thrice.latent)
+    # Two patches of two are all of them, with each section in one of one.
+    mean, sd = model.metagenes.profiles()
+    whole_term = normal_log_ratio(noise.profiles, mean, sd, model.baselines.tau()).sum(dim=1)
+    torch.testing.assert_close(once.profile_terms, whole_term)
+    effects = [
+        normal_log_ratio(noise.effects[level], *model.baselines.effects(level), model.baselines.effect_width()).sum()
+        for level in (0, 1)
+    ]
+    torch.testing.assert_close(once.effect, sum(effects))
 
 
 def test_checklist_11_a_split_pair_is_the_same_twice():
@@ -221,6 +230,18 @@ def test_checklist_12_each_is_left_out_by_the_softmax_over_the_rest():
         model.metagenes.active[1] = False
         rest = replace(noise, profiles=noise.profiles[[0, 2]])
         assert float(scores[2]) == pytest.approx(float(model.bound(patches, rest, [1])["elbo"]), rel=1e-6)
+
+
+def test_checklist_12_a_large_image_does_not_round_the_differences_off(monkeypatch):
+    patches = [whole(slide_of())]
+    model = generative(metagenes=3).eval()
+    noise = model.noise(patches)
+    with torch.no_grad():
+        plain = model.bound_without_each(patches, noise, [1])
+        rest = float(model.draw(patches, noise, [1]).rest())
+        monkeypatch.setattr(Drawn, "rest", lambda _: torch.tensor(2.0**30))
+        large = model.bound_without_each(patches, noise, [1])
+    torch.testing.assert_close(large - 2.0**30, plain - rest, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -302,16 +323,24 @@ def toy(seed=0):
 
 
 @pytest.mark.slow
-def test_checklist_17_toy_problem():
+@pytest.mark.parametrize("lr", [1e-4, 3e-3])
+def test_checklist_17_toy_problem(lr):
     slide = toy()
-    config = XFuseConfig(
-        depth=2, width=4, patch=100, batch=1, epochs=100, lr=1e-4, metagenes=3, expansion="none", final_purge="none"
+    config = replace(
+        XFuse.preset("paper"),
+        **{"depth": 2, "width": 4, "patch": 100, "batch": 1, "epochs": 100, "lr": lr, "metagenes": 3},
+        expansion="none",
+        final_purge="none",
     )
     model = XFuse(config)
     model._levels = ()
     fit = fit_generative(model._start([slide], 0), [slide], config, RUN)
     assert fit.history[-1]["rmse"] < 6.0
     assert fit.history[-1]["rmse"] < fit.history[0]["rmse"]
+    # At the published rate a hundred steps hardly move, and the error of the mean of all spots is below 6, too.
+    if lr > 1e-3:
+        counts = slide.counts[:-1]
+        assert fit.history[-1]["rmse"] < 0.9 * np.sqrt(np.square(counts - counts.mean(axis=0)).mean(axis=1)).mean()
 
 
 def test_checklist_18_a_subset_of_the_genes_is_predicted_the_same(fitted, pair):
@@ -376,7 +405,18 @@ def test_paper_preset_has_the_published_settings():
         "lr": 3e-4,
         "augmentation": "affine",
         "colour_jitter": 0.05,
+        "start_profiles": "equal",
+        "final_purge": "extra",
+        "margin": 0.12,
+        "latent_sd": None,
         "warm_up": 0.0,
+        "anneal": False,
+        "freeze_norm": 1.0,
+        "steps_per_epoch": 1,
+        "colour_range": "extremes",
+        "background_in_size": True,
+        "missing_genes": "zero",
+        "activation_checkpoints": True,
         "n_samples": 10,
     }
     assert {name: getattr(config, name) for name in published} == published

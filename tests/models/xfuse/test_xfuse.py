@@ -16,7 +16,7 @@ from hespotex.models.xfuse import XFuse
 from hespotex.models.xfuse import training as training_module
 from hespotex.models.xfuse.baselines import cluster_profiles, fit_start
 from hespotex.models.xfuse.config import XFuseConfig
-from hespotex.models.xfuse.inference import activities, field_noise, tiles
+from hespotex.models.xfuse.inference import activities, field_noise, mean_and_std, tiles
 from hespotex.models.xfuse.metagenes import Change, Metagenes, drop_and_split, extra, spare
 from hespotex.models.xfuse.network import Network, reach
 from hespotex.models.xfuse.objective import Generative
@@ -125,6 +125,32 @@ def test_interrupted_fit_resumes_to_the_same_bits(sections, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_batch_statistics_are_frozen_even_after_tests_of_the_metagenes(sections):
+    def batches_seen(**options):
+        model = tiny(epochs=4, expansion="split", purge_interval=1, **options).fit(sections[:1], RUN)
+        norms = [m for m in model._generative.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) > 10
+        return {int(norm.num_batches_tracked) for norm in norms}
+
+    assert batches_seen(freeze_norm=0.5) == {2}
+    assert batches_seen(freeze_norm=1.0) == {4}
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rates_fall_along_half_a_cosine(sections, monkeypatch, anneal):
+    step, seen = torch.optim.Adam.step, []
+
+    def noted(self, *arguments, **keywords):
+        if len(self.param_groups) == 3:  # not the fit that training starts from
+            seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    tiny(epochs=4, lr=0.01, anneal=anneal).fit(sections[:1], RUN)
+    share = 0.02 + 0.98 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2 if anneal else np.ones(4)
+    np.testing.assert_allclose(seen, 0.01 * share[:, None] * [1, 2, 5], rtol=1e-6)
+
+
 def test_order_of_the_cells_does_not_matter(fitted, sections):
     parts = sections[0].parts
     order = np.random.default_rng(0).permutation(parts.n_parts)
@@ -157,6 +183,24 @@ def test_another_section_needs_no_counts_and_takes_no_effect(fitted, sections, m
     np.testing.assert_allclose(changed[0], plain[0] * np.e, rtol=1e-4)
     assert np.array_equal(changed[1], plain[1])
     assert np.array_equal(changed[2], plain[2])
+
+
+def test_a_section_without_counts_has_no_effects(sections, make_parts):
+    third = make_parts("blind", side=20, seed=2)[0]
+    targets = third.require_targets()
+    blind = replace(third, targets=replace(targets, counts=np.full(targets.shape, np.nan)))
+    model = tiny().fit([blind, *sections], RUN)
+    baselines = model._generative.baselines
+    assert baselines.n_levels == len(model._levels) == 2
+    before = [model.predict(section).mean for section in (blind, *sections)]
+    with torch.no_grad():
+        baselines.effect_mean[0, 1] += 1.0
+    after = [model.predict(section).mean for section in (blind, *sections)]
+    assert np.array_equal(after[0], before[0])
+    assert np.array_equal(after[1], before[1])
+    np.testing.assert_allclose(after[2], before[2] * np.e, rtol=1e-4)
+    alone = tiny().fit([sections[0], blind], RUN)
+    assert alone._generative.baselines.n_levels == 0
 
 
 @pytest.mark.slow
@@ -368,7 +412,9 @@ def test_training_with_tests_of_the_metagenes_in_between(sections, strategy):
 
 def test_group_norm(sections):
     model = tiny(norm="group").fit(sections[:1], RUN)
-    assert np.isfinite(model.predict(sections[0]).mean).all()
+    mean = model.predict(sections[0]).mean
+    assert np.isfinite(mean).all()
+    assert np.array_equal(model.with_options(tile=4).predict(sections[0]).mean, mean)
 
 
 def test_start_ignores_what_was_not_measured_and_genes_without_counts():
@@ -412,6 +458,11 @@ def test_spots_without_cells(make_parts):
     half.eliminate_zeros()
     model = tiny().fit([replace(section, parts=replace(parts, share=half))], RUN)
     assert np.isfinite(model.predict(section).mean).all()
+    stored = parts.share.copy()
+    stored.data[: stored.indptr[1]] = 0.0
+    zero = tiny().fit([replace(section, parts=replace(parts, share=stored))], RUN)
+    assert zero.history == model.history  # a share of 0 is none
+    assert (stored.data == 0).sum() == stored.indptr[1]  # and the user's matrix is left alone
     none = replace(section, parts=replace(parts, share=sparse.csr_array(parts.share.shape)))
     with pytest.raises(DataValueError, match="no spot holds any"):
         tiny().fit([none], RUN)
@@ -473,9 +524,11 @@ def test_parts_that_cannot_be_used(sections, fitted, make_parts):
         ({"lr": 0.0}, "lr"),
         ({"metagenes": 9, "max_metagenes": 8}, "max_metagenes"),
         ({"patch": 4, "depth": 5}, "patch=4"),
+        ({"patch": 8, "depth": 4}, "at least 16"),
         ({"colour_jitter": 0.7}, "colour_jitter"),
         ({"latent_sd": 0.0}, "latent_sd"),
         ({"warm_up": 1.5}, "warm_up"),
+        ({"freeze_norm": -0.1}, "freeze_norm"),
         ({"margin": -1.0}, "margin"),
     ],
 )
@@ -508,12 +561,14 @@ def test_profiles_start_at_what_tells_clusters_of_spots_apart():
     partly = cluster_profiles([counts, unmeasured], 2, seed=0)
     np.testing.assert_allclose(partly[np.argsort(-partly[:, 0])], expected, atol=0.2)
     assert cluster_profiles([counts[:1]], 3, seed=0).shape == (3, 4)
+    alike = np.outer([1.0, 2.0, 5.0], counts[0])  # of one composition: one cluster, and no warning of another
+    np.testing.assert_allclose(cluster_profiles([alike], 3, seed=0), 0, atol=1e-5)
 
 
 def test_equal_start_is_that_of_the_published(sections):
     model = tiny(start_profiles="equal")
     model._levels, model._colours, model.genes = (), Colours.fit(sections), ("a", "b", "c", "d")
-    started = model._start([model._slide(sections[0], 0)], 0)
+    started = model._start([model._slide(sections[0])], 0)
     mean, sd = started.metagenes.profiles()
     assert not mean.any()
     torch.testing.assert_close(sd, torch.full_like(sd, 0.01))
@@ -527,6 +582,24 @@ def test_more_samples_than_fit_are_refused_before_any_is_drawn(fitted, sections,
     with pytest.raises(DataValueError, match="memory allows n_samples=3"):
         kept.predict(sections[0])
     assert fitted.with_options(n_samples=4).predict(sections[0]).samples is None
+
+
+def test_more_draws_than_fit_are_refused_before_any_is_drawn(fitted, sections, monkeypatch):
+    each = 4 * sections[0].parts.n_parts * len(fitted.profiles)
+    monkeypatch.setattr("hespotex.models.xfuse.inference.available_bytes", lambda: 3 * each)
+    assert fitted.with_options(n_samples=3).predict(sections[0]).std is not None
+    with pytest.raises(DataValueError, match="n_samples=4: .* memory allows n_samples=3"):
+        fitted.with_options(n_samples=4).predict(sections[0])
+    monkeypatch.setattr("hespotex.models.xfuse.inference.available_bytes", lambda: None)
+    assert fitted.with_options(n_samples=4).predict(sections[0]).std is not None
+
+
+def test_mean_and_spread_of_draws_seen_one_at_a_time():
+    draws = np.random.default_rng(0).gamma(2.0, 1e3, size=(7, 5, 3)).astype(np.float32)
+    mean, std = mean_and_std(iter(draws))
+    assert mean.dtype == std.dtype == np.float32
+    np.testing.assert_allclose(mean, draws.mean(axis=0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std, draws.std(axis=0, ddof=1, dtype=np.float64), rtol=1e-6)
 
 
 def test_a_single_draw_has_no_spread(fitted, sections):

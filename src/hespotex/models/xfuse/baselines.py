@@ -93,8 +93,9 @@ def cluster_profiles(counts: Sequence[np.ndarray], k: int, seed: int) -> np.ndar
     share = mean / max(mean.sum(), 1e-12)
     x = np.where(known, x, (x.sum(axis=1) / np.maximum(known @ share, 1e-12))[:, None] * share)
     size = np.maximum(x.sum(axis=1, keepdims=True), 1e-12)
-    n_clusters = min(k, len(np.unique(x, axis=0)))
-    means = KMeans(n_clusters, n_init=4, random_state=seed).fit(np.log1p(1e4 * x / size))
+    expression = np.log1p(1e4 * x / size)
+    n_clusters = min(k, len(np.unique(expression.round(6), axis=0)))
+    means = KMeans(n_clusters, n_init=4, random_state=seed).fit(expression)
     pooled = np.stack([x[means.labels_ == label].sum(axis=0) for label in range(n_clusters)])
     # A count per gene and cluster, spread as on average, keeps rare genes from telling clusters apart.
     prior = share * len(share)

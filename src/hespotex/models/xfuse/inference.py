@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.blockwise import available_bytes
+from ...errors import DataValueError
 from .network import reach
 
 if TYPE_CHECKING:
     from .objective import Generative
     from .slides import Raster
 
-__all__ = ["activities", "field_noise", "tiles"]
+__all__ = ["activities", "check_draws", "field_noise", "mean_and_std", "tiles"]
 
 _NOISE_BLOCK = 64  # pixels of the finest level
 
@@ -76,6 +78,33 @@ def field_noise(channels: Sequence[int], seen: tuple[slice, slice], seed: int, s
         window = drawn[None, :, up : up + bottom - top, across : across + right - left]
         fields.append(torch.from_numpy(np.ascontiguousarray(window)))
     return fields
+
+
+def check_draws(n_cells: int, n_metagenes: int, n_samples: int) -> None:
+    """Raise if the draws of scale times activity do not fit in memory.
+
+    Raises
+    ------
+    DataValueError
+        Naming the number of draws that would fit.
+    """
+    each, free = 4 * n_cells * n_metagenes, available_bytes()
+    if free is not None and each * n_samples > free:
+        raise DataValueError(
+            f"n_samples={n_samples}: draws of {n_metagenes} metagenes at {n_cells} superpixels take "
+            f"{each * n_samples / 2**30:.1f} GiB; memory allows n_samples={free // each}"
+        )
+
+
+def mean_and_std(draws: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean and unbiased standard deviation, float32, of draws seen one at a time; of a single one there is no spread."""
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for count, draw in enumerate(draws, start=1):
+        off = draw - mean
+        mean = mean + off / count
+        squares = squares + off * (draw - mean)
+    std = np.sqrt(squares / (count - 1)).astype(np.float32) if count > 1 else None
+    return mean.astype(np.float32), std
 
 
 def activities(

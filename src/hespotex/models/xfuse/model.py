@@ -20,7 +20,7 @@ from .._training import forget_checkpoints
 from ..nn.pooling import bag_rows
 from .baselines import Start, cluster_profiles, fit_start
 from .config import PAPER, SMALL, XFuseConfig
-from .inference import activities
+from .inference import activities, check_draws, mean_and_std
 from .likelihood import nb_mean
 from .metagenes import Metagenes
 from .network import Network
@@ -104,14 +104,20 @@ class XFuse(Model[XFuseConfig]):
         config = self.config
         self.unit, self._seed = "counts", run.seed
         self._size_um = _common_size(sections)
-        self._levels = tuple(map(_mark, sections)) if config.section_effects and len(sections) > 1 else ()
         self._colours = Colours.fit(sections) if config.colour_range == "quantile" else Colours()
-        slides = [self._slide(section, level if self._levels else 0) for level, section in enumerate(sections)]
-        if sum(slide.n_spots for slide in slides) == 0:
+        slides = [self._slide(section) for section in sections]
+        with_spots = [index for index, slide in enumerate(slides) if slide.n_spots]
+        if not with_spots:
             raise DataValueError(
                 f"none of the sections has a spot with at least min_counts={config.min_counts:g} counts of the panel: "
                 "there is nothing to learn from"
             )
+        self._levels: tuple[str, ...] = ()
+        if config.section_effects and len(with_spots) > 1:
+            self._levels = tuple(_mark(sections[index]) for index in with_spots)
+            # The background alone would teach the effects of a section without spots, and teach them to be low.
+            level_of = {index: level for level, index in enumerate(with_spots)}
+            slides = [replace(slide, level=level_of.get(index, len(level_of))) for index, slide in enumerate(slides)]
         self._generative = self._start(slides, run.seed)
         # Rates of whole spots and log-gamma functions are beyond 16 bits.
         fit = fit_generative(self._generative, slides, config, replace(run, precision=run.precision or "32-true"))
@@ -119,7 +125,7 @@ class XFuse(Model[XFuseConfig]):
         self._generative = self._compact(self._generative)
         forget_checkpoints(fit)
 
-    def _slide(self, section: Section, level: int) -> Slide:
+    def _slide(self, section: Section) -> Slide:
         parts = section.require_parts()
         targets = section.require_targets().in_unit("counts")
         bag_rows(parts.share, section.name)
@@ -133,7 +139,6 @@ class XFuse(Model[XFuseConfig]):
             raster,
             parts.share,
             targets[:],
-            level=level,
             missing=self.config.missing_genes,
             min_counts=self.config.min_counts,
             name=section.name,
@@ -185,6 +190,7 @@ class XFuse(Model[XFuseConfig]):
                 f"section {section.name!r} has superpixels of {parts.size_um:g} µm, the model was trained on "
                 f"{self._size_um:g} µm; make them anew with hx.pp.superpixels(sdata, size_um={self._size_um:g})"
             )
+        check_draws(parts.n_parts, len(self._generative.metagenes.slots), self.config.n_samples)
         if self.config.keep_samples:
             check_room(parts.n_parts, len(self.genes), self.config.n_samples)
         blocks = list(row_blocks(parts.n_parts, block_rows))
@@ -205,14 +211,16 @@ class XFuse(Model[XFuseConfig]):
             self._generative.cpu()
         profiles = self._drawn_profiles(_mark(section))
         for rows in blocks:
-            draws = np.stack([activity[rows] @ profile for activity, profile in zip(drawn, profiles, strict=True)])
+            draws = (activity[rows] @ profile for activity, profile in zip(drawn, profiles, strict=True))
+            samples = np.stack(list(draws), axis=2) if config.keep_samples else None
+            mean, std = mean_and_std(draws if samples is None else np.moveaxis(samples, 2, 0))
             yield Prediction(
                 np.asarray(parts.ids)[rows],
                 self.genes,
                 "counts",
-                draws.mean(axis=0),
-                std=draws.std(axis=0, ddof=1) if config.n_samples > 1 else None,
-                samples=np.moveaxis(draws, 0, 2).copy() if config.keep_samples else None,
+                mean,
+                std=std,
+                samples=samples,
                 latent=drawn[:, rows].mean(axis=0),
                 level=parts.level,
             )

@@ -91,7 +91,7 @@ class Generative(nn.Module):
         for channels in self.network.channels:
             fields.append(torch.randn(len(patches), channels, *size, device=image.device))
             size = [-(-n // 2) for n in size]
-        levels = sorted({patch.level for patch in patches}) if self.baselines.n_levels else []
+        levels = sorted({patch.level for patch in patches if patch.level < self.baselines.n_levels})
         return Noise(
             fields,
             torch.randn(len(self.metagenes.slots), genes, device=image.device),
@@ -197,16 +197,17 @@ class Generative(nn.Module):
         }
 
     def bound_without_each(self, patches: Sequence[Patch], noise: Noise, sizes: Sequence[int]) -> Tensor:
-        """The bound with all metagenes, then without each, (1 + K,): decoder output and draw are shared."""
+        """The bound with all metagenes, then without each, (1 + K,) float64 on the CPU: decoder output and draw are shared.
+
+        What no metagene changes grows with the pixels, and would round off the differences in single precision.
+        """
         drawn = self.draw(patches, noise, sizes)
         count = len(drawn.profiles)
         everything = torch.arange(count, device=drawn.scale.device)
         choices = [everything] + (
             [everything[everything != left_out] for left_out in range(count)] if count > 1 else []
         )
-        return torch.stack(
-            [
-                self.counts_term(patches, drawn, kept)[0] + drawn.rest() + drawn.profile_terms[kept].sum()
-                for kept in choices
-            ]
+        changed = torch.stack(
+            [self.counts_term(patches, drawn, kept)[0] + drawn.profile_terms[kept].sum() for kept in choices]
         )
+        return changed.cpu().double() + drawn.rest().cpu().double()

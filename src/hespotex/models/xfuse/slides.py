@@ -133,7 +133,7 @@ class Slide:
     measured
         Genes whose counts are known, (G,) bool.
     level
-        Which of the effects are this section's.
+        Which of the effects are this section's; beyond the last where it has none.
     """
 
     raster: Raster
@@ -183,6 +183,8 @@ class Slide:
         if not measured.any():
             share, counts, measured = share[:0], counts[:0], np.ones(counts.shape[1], dtype=bool)
         counts = np.nan_to_num(counts, nan=0.0)
+        share = sparse.csr_array(share, copy=True)
+        share.eliminate_zeros()  # a share of 0 may be stored, and is no cell
         if missing == "zero":
             measured = np.ones_like(measured)
         kept = (np.diff(share.indptr) > 0) & (counts.sum(axis=1) >= min_counts)

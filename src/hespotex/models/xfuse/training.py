@@ -63,15 +63,16 @@ def scores_without_each(
     """The bound with all metagenes, then without each, averaged over the patches of an epoch and over draws, (1 + K,)."""
     device = next(model.parameters()).device
     sizes = patches_per_level(slides, config)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # batch statistics may be frozen
     model.eval()
     total: np.ndarray | float = 0.0
     with torch.no_grad():
         for chosen in steps:
             patches = [patch.to(device) for patch in draw_patches(slides, chosen, config, rng)]
             for _ in range(samples):
-                total = total + model.bound_without_each(patches, model.noise(patches), sizes).double().cpu().numpy()
-    model.train(was_training)
+                total = total + model.bound_without_each(patches, model.noise(patches), sizes).numpy()
+    for module, mode in modes:
+        module.training = mode
     return np.asarray(total) / (len(steps) * samples)
 
 
