@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._keys import Keys, check_key
+from ..data.blockwise import check_fits
 from ..data.bridge import regions_of
 from ..data.counts import check_counts, counts_of
 from ..data.geometry import find_image_key, resolve_slide
@@ -124,6 +125,7 @@ def reconcile(
     spot_rows, spot_positions = row_positions(sdata, measured, spots)
     share = share_of(sdata, slide, spots, spot_positions, fine, positions)
     columns = measured.adata.var_names.get_indexer(genes)
+    check_fits(len(rows), len(genes), 1, "a reconciled prediction")
     result = np.empty((len(rows), len(genes)), dtype=np.float32)
     held = np.asarray(share.sum(axis=1)).ravel() > 0
     missed = 0
