@@ -65,7 +65,7 @@ def move_tissue(sdata, outline):
     return sdata
 
 
-METHODS = [*(name for name in TRAINED if name != "xfuse"), *UNTRAINED, pytest.param("xfuse", marks=pytest.mark.slow)]
+METHODS = [*TRAINED, *UNTRAINED]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -165,7 +165,6 @@ def test_nuclei_of_which_no_spot_holds_any(name, config):
         hx.tl.train(sdata, name, config=config, genes=GENES, parts_key="nuclei")
 
 
-@pytest.mark.slow
 def test_more_samples_than_memory_holds(monkeypatch):
     sdata = with_parts(section())
     model = hx.tl.train(sdata, "xfuse", config=TRAINED["xfuse"], genes=GENES)
