@@ -528,7 +528,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("HESPOTEX_DATA", "../shared/data"))
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--patients", nargs="*", type=int, default=list(range(N_PATIENTS)))
-    parser.add_argument("--sections", nargs="*", default=["her2st-C2", "her2st-C4", "mob-rep11", "mob-2k1"])
+    parser.add_argument("--sections", nargs="*", default=["her2st-C2", "mob-rep11", "mob-2k1"])
     args = parser.parse_args()
     wanted = args.methods or list(IN_SAMPLE)
     if args.what == "table":
