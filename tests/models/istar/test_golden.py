@@ -13,6 +13,7 @@ from hespotex.models.istar import IStar
 from hespotex.models.istar.config import PAPER
 from hespotex.models.istar.features import SmoothedRows, box_filter, pad_white, rgb_map, shift_ensemble
 from hespotex.models.istar.network import PartNetwork, positive
+from hespotex.models.istar.preparation import reduce_mask, rescale_image, rescale_positions, tissue_mask
 from hespotex.models.istar.spots import disc, disc_members, nearest_index, round_half_even
 from hespotex.models.istar.training import GeneScale, SpotBatches, Supervision, batch_loss, training_step
 
@@ -189,3 +190,28 @@ def test_rounding_padding_and_genes(istar):
     panel = choose_panel([PanelSource(sparse.csr_array(counts), genes)], method="variance", n_top=5)
     theirs = {"g2" if gene == 7 else f"g{gene}" for gene in recorded["gene_top5"].tolist()}  # gene 7 copies gene 2
     assert {"g2" if gene == "g7" else gene for gene in panel} == theirs
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.3])
+def test_images_are_scaled_as_published(istar, scale):
+    recorded = istar("preprocessing")
+    np.testing.assert_array_equal(rescale_image(recorded["raw"], scale), recorded[f"rescaled_{scale}"])
+
+
+def test_positions_and_masks_are_scaled_as_published(istar):
+    recorded = istar("preprocessing")
+    np.testing.assert_array_equal(rescale_positions(recorded["locs_raw_xy"], 0.6), recorded["locs_scaled_xy"])
+    np.testing.assert_array_equal(reduce_mask(recorded["mask_px"]), recorded["mask_superpixel"])
+
+
+def test_the_automatic_tissue_mask(istar):
+    recorded = istar("clustering")
+    colours = recorded["mask_rgb"].transpose(1, 2, 0)
+    features = np.concatenate([recorded["mask_cls"].transpose(1, 2, 0), colours], axis=-1)
+    found = tissue_mask(features, colours, margin=6, min_size=25)
+    np.testing.assert_array_equal(found, recorded["tissue_mask_mar6_min25"])
+
+
+def test_the_ring_around_a_disc(istar):
+    ring = istar("spots")["ring_r4_w1"]
+    np.testing.assert_array_equal(disc(4, width=1) + 4, np.argwhere(ring))

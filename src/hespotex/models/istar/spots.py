@@ -35,22 +35,26 @@ def nearest_index(pixels: np.ndarray) -> np.ndarray:
     return round_half_even(np.asarray(pixels, dtype=np.float64) / PIXELS)
 
 
-def disc(radius: float) -> np.ndarray:
-    """Offsets (row, column) of the superpixels of a disc, (n, 2) int, along rows.
+def disc(radius: float, width: float | None = None) -> np.ndarray:
+    """Offsets (row, column) of the superpixels of a disc, or of the ring at its rim, (n, 2) int, along rows.
 
     Parameters
     ----------
     radius
         In superpixels; 55 / 16 for a Visium spot of 55 µm, which gives 37.
+    width
+        Of the ring, in superpixels.
 
     Examples
     --------
-    >>> len(disc(55 / 16)), len(disc(4))
-    (37, 49)
+    >>> len(disc(55 / 16)), len(disc(4)), len(disc(4, width=1))
+    (37, 49, 24)
     """
     reach = int(np.ceil(radius))
     offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).T
-    return offsets[(offsets**2).sum(axis=1) <= radius**2]
+    square = (offsets**2).sum(axis=1)
+    least = 0.0 if width is None else max(radius - width, 0.0)
+    return offsets[(square <= radius**2) & (square >= least**2)]
 
 
 def published_radius(parts: Parts) -> float:
