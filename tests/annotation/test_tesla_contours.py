@@ -30,6 +30,7 @@ def test_contour_of_the_image_is_the_recorded_one(tesla, tesla_image):
     assert np.array_equal(contour, recorded["contour_used"][:, 0])
     enlarged = scale_contour(contour, 1.05)
     assert np.array_equal(enlarged, recorded["contour_enlarged"][:, 0])
+    assert np.array_equal(enlarged, recorded["contour_cut"][:, 0])  # it lies within the image
     assert np.array_equal(scale_contour(contour, 0.8), recorded["contour_shrunk"][:, 0])
     assert np.array_equal(fill_contour(contour, tesla_image.shape[:2]), recorded["binary"] > 0)
     assert np.array_equal(fill_contour(enlarged, tesla_image.shape[:2]), recorded["binary_enlarged"] > 0)
