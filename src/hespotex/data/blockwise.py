@@ -109,12 +109,10 @@ def check_target(path: str | Path) -> None:
 def available_bytes() -> int | None:
     """Memory that can still be had; ``None`` where the system does not say."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # only Linux has it
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str) -> None:

@@ -85,7 +85,7 @@ def reconcile(
     >>> sdata = hx.datasets.synthetic(size_px=1200, n_genes=20)
     >>> hx.pp.detect_tissue(sdata)
     >>> hx.pp.superpixels(sdata, 16)
-    >>> hx.pp.embed(sdata, "morphology", shapes_key="superpixels", tile_um=32)
+    >>> hx.pp.embed(sdata, "morphology", shapes_key="superpixels")
     >>> model = hx.tl.train(sdata, "ridge_parts")
     >>> hx.tl.predict(sdata, model)
     >>> hx.tl.reconcile(sdata, "ridge_parts_superpixels")
