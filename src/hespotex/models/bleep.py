@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ..data.section import Prediction, Section
 from ..data.units import check_unit
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
+from ._config import check_choices
 from ._inner import gene_correlation, inner_folds, of_shape, row_blocks
 from ._registry import register
 from ._rows import RowBatches, mark_of
@@ -89,9 +90,7 @@ class BLEEPConfig:
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
-        for name, kind in {"answer": Answer, "stopping": Stopping, "standardize": Standardize}.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, {"answer": Answer, "stopping": Stopping, "standardize": Standardize})
         for name in ("width", "batch", "max_epochs", "retrieved"):
             if getattr(self, name) < 1:
                 raise DataValueError(f"{name}={getattr(self, name)!r} must be at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -14,6 +14,7 @@ from ..data.lattice import spot_pitch
 from ..data.section import Level, Prediction, Section
 from ..errors import DataValueError
 from ._base import Model, ModelInfo, Run
+from ._config import check_choices
 from ._inner import row_blocks
 from ._interpolation import (
     distance_rank,
@@ -59,9 +60,7 @@ class InterpolateConfig:
     level: Level = "superpixel"
 
     def __post_init__(self) -> None:
-        for name, kind in (("method", Method), ("level", Level)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, {"method": Method, "level": Level})
         for name in ("bandwidth", "power"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise DataValueError(f"{name}={value!r} must be positive")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ...data.units import check_unit
 from ...errors import DataValueError
+from .._config import check_choices, check_least
 
 __all__ = ["PAPER", "HESpotExConfig"]
 
@@ -160,14 +161,8 @@ class HESpotExConfig:
         object.__setattr__(self, "target_ranks", tuple(map(int, self.target_ranks)))
         if any(rank < 1 for rank in self.target_ranks):
             raise DataValueError(f"target_ranks={self.target_ranks} must be at least 1 each")
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
-        for each in fields(self):
-            value = getattr(self, each.name)
-            least = _LEAST.get(each.name)
-            if least is not None and value is not None and not value >= least:
-                raise DataValueError(f"{each.name}={value!r} must be at least {least}")
+        check_choices(self, _CHOICES)
+        check_least(self, _LEAST)
         if not 0 <= self.dropout < 1:
             raise DataValueError(f"dropout={self.dropout!r} must be in [0, 1)")
         if not 0 <= self.regression_share <= 1:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from ...data.units import check_unit
 from ...errors import DataValueError
+from .._config import check_choices
 from .._standardize import Standardize
 from .diffusion import N_TIMES, Likelihood, Output, Sampler
 
@@ -144,9 +145,7 @@ class HisDiffConfig:
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, _CHOICES)
         for name in ("near", "wide", "depth", "width", "heads", "batch", "epochs", "n_samples"):
             if getattr(self, name) < 1:
                 raise DataValueError(f"{name}={getattr(self, name)!r} must be at least 1")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from ...errors import DataValueError
+from .._config import check_choices
 
 __all__ = ["PAPER", "IStarConfig"]
 
@@ -96,9 +97,7 @@ class IStarConfig:
             raise DataValueError(
                 f"unit={self.unit!r}: sums over a spot's parts are meaningful for counts only; leave it at 'counts'"
             )
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, _CHOICES)
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise DataValueError(f"{name}={getattr(self, name)!r} must be positive")

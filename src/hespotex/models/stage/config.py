@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ...data.section import Level
 from ...errors import DataValueError
+from .._config import check_choices
 
 __all__ = ["PAPER", "StageConfig"]
 
@@ -75,9 +76,7 @@ class StageConfig:
         object.__setattr__(self, "widths", tuple(map(int, self.widths)))
         if min(self.widths, default=0) < 1:
             raise DataValueError(f"widths={self.widths} must be at least 1 each and at least one")
-        for name, kind in (("coordinates", Coordinates), ("level", Level)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, {"coordinates": Coordinates, "level": Level})
         for name in ("swd_weight", "l1_weight"):
             if not getattr(self, name) >= 0:
                 raise DataValueError(f"{name}={getattr(self, name)!r} must not be negative")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from ...errors import DataValueError
+from .._config import check_choices
 from .pooling import Pooling
 
 __all__ = ["PAPER", "STAnDConfig"]
@@ -96,9 +97,7 @@ class STAnDConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(map(int, self.hidden)))
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, _CHOICES)
         for each in fields(self):
             value = getattr(self, each.name)
             if each.name in _POSITIVE and value is not None and not value > 0:

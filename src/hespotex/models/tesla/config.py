@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ...data.units import check_unit
 from ...errors import DataValueError
+from .._config import check_choices
 
 __all__ = ["PAPER", "TESLAConfig"]
 
@@ -77,9 +78,7 @@ class TESLAConfig:
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
+        check_choices(self, _CHOICES)
         if self.neighbours < 1:
             raise DataValueError(f"neighbours={self.neighbours!r} must be at least 1")
         if not self.colour_weight >= 0:

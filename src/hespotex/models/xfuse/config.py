@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from ...errors import DataValueError
+from .._config import check_choices, check_least
 
 __all__ = ["PAPER", "SMALL", "XFuseConfig"]
 
@@ -142,13 +143,8 @@ class XFuseConfig:
     def __post_init__(self) -> None:
         if self.unit != "counts":
             raise DataValueError(f"unit={self.unit!r}: xfuse has a likelihood of counts; unit must be 'counts'")
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise DataValueError(f"{name}={value!r} is unknown; possible: {', '.join(map(repr, get_args(kind)))}")
-        for each in fields(self):
-            least = _LEAST.get(each.name)
-            if least is not None and not getattr(self, each.name) >= least:
-                raise DataValueError(f"{each.name}={getattr(self, each.name)!r} must be at least {least}")
+        check_choices(self, _CHOICES)
+        check_least(self, _LEAST)
         if not self.lr > 0:
             raise DataValueError(f"lr={self.lr!r} must be positive")
         if self.latent_sd is not None and not self.latent_sd > 0:
