@@ -27,13 +27,13 @@ _DATA = Path(os.environ.get("HESPOTEX_DATA") or Path(__file__).parents[2] / "sha
 
 @pytest.fixture(autouse=True)
 def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that reaches for the network fails at once, unless it is marked so."""
+    """A test that reaches for the network fails at once, unless it is marked so; processes of this machine may talk."""
     if request.node.get_closest_marker("network"):
         return
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
-        if self.family != getattr(socket, "AF_UNIX", None):
+        if self.family != getattr(socket, "AF_UNIX", None) and address[0] not in ("127.0.0.1", "localhost", "::1"):
             raise OSError(f"tests may not use the network: {address}")
         connect(self, address)
 
@@ -54,6 +54,27 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def cluster(_own_cache: None) -> Iterator[Any]:
+    """Client of a dask cluster of two processes on this machine."""
+    distributed = pytest.importorskip("distributed")
+    import dask
+
+    quiet = {
+        "distributed.worker.daemon": False,
+        "distributed.admin.event-loop": "asyncio",
+        "logging.distributed": "error",
+    }
+    with (
+        dask.config.set(quiet),
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1", memory_limit=0
+        ) as workers,
+        distributed.Client(workers) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="session")

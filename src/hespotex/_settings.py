@@ -12,7 +12,7 @@ from typing import Any
 from ._logging import set_verbosity
 from .errors import DataValueError
 
-__all__ = ["Settings", "settings"]
+__all__ = ["Settings", "available_cpus", "settings"]
 
 
 def _positive(value: Any) -> int:
@@ -65,7 +65,7 @@ def _default_cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "hespotex"
 
 
-def _n_cpus() -> int:
+def available_cpus() -> int:
     """CPUs this process may use, which a container or a scheduler limits; not those of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -75,9 +75,10 @@ def _n_cpus() -> int:
 _FIELDS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
     "device": (_device, lambda: "auto"),
     "batch_size": (_positive, lambda: 64),
-    "n_jobs": (_positive, _n_cpus),
+    "n_jobs": (_positive, available_cpus),
     "progress_bar": (_flag, lambda: True),
     "cache_dir": (_path, _default_cache),
+    "work_dir": (_optional_path, lambda: None),
     "seed": (_not_negative, lambda: 0),
     "verbosity": (_verbosity, lambda: "warning"),
     "default_model": (_optional_path, lambda: None),
@@ -99,6 +100,9 @@ class Settings:
         Whether long work shows progress.
     cache_dir
         Folder of the content-addressed cache; it may be deleted at any time.
+    work_dir
+        Folder of partial results of interrupted work, by default in `cache_dir`. In a folder named here they stay until
+        you delete it, also when the work is done.
     seed
         Seed used where a call gives none.
     verbosity
@@ -122,6 +126,7 @@ class Settings:
     n_jobs: int
     progress_bar: bool
     cache_dir: Path
+    work_dir: Path | None
     seed: int
     verbosity: str
     default_model: Path | None

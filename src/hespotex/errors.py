@@ -23,6 +23,7 @@ __all__ = [
     "MissingWeightsError",
     "ModelMismatchError",
     "ScaleError",
+    "WorkerError",
 ]
 
 
@@ -87,3 +88,7 @@ class MissingWeightsError(HespotexError, FileNotFoundError):
 
 class MissingDependencyError(HespotexError, ImportError):
     """An optional package that is not installed."""
+
+
+class WorkerError(HespotexError, RuntimeError):
+    """Workers of a cluster that died, or a cluster that is gone."""

@@ -8,7 +8,7 @@ from spatialdata.transformations import Affine, Identity, Scale, set_transformat
 
 import hespotex as hx
 from hespotex.data import partial
-from hespotex.encoders import EncoderInfo, TileEncoder
+from hespotex.encoders import EncoderInfo, TileEncoder, _base
 from hespotex.errors import (
     DataTypeError,
     DataValueError,
@@ -159,6 +159,7 @@ def test_changed_input_is_embedded_anew(plain_section, change, monkeypatch):
 
 def test_interrupted_work_goes_on(plain_section, monkeypatch, tmp_path):
     monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
+    monkeypatch.setattr(_base, "_TILES_PER_RUN", 4)
     sdata, reference = plain_section(), plain_section()
     with hx.settings.override(cache_dir=tmp_path, batch_size=4):
         with pytest.warns(HespotexWarning, match="interrupted after 8 of 12"), pytest.raises(KeyboardInterrupt):
@@ -279,6 +280,6 @@ def test_features_must_be_finite_and_complete(plain_section):
     sdata = plain_section()
     with pytest.raises(DataValueError, match="NaN"):
         hx.pp.embed(sdata, Broken())
-    with pytest.raises(DataValueError, match="left out 11"):
+    with pytest.raises(DataValueError, match="left out 12"):
         hx.pp.embed(sdata, Lazy())
     assert KEY not in sdata["table"].obsm

@@ -1,7 +1,8 @@
-"""Rows of a long computation that survive its interruption."""
+"""Rows of a long computation that survive its interruption, a kill or a power cut."""
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -11,20 +12,22 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from .._files import replacing
 from .._logging import logger
 from .._settings import settings
 from ..errors import HespotexWarning
 
 __all__ = ["PartialRows"]
 
-_KEEP_AFTER_S = 10.0  # what took less is sooner computed again than explained
+_KEEP_AFTER_S = 10.0  # what took less is sooner computed again than explained; also how often something is kept
 
 
 class PartialRows:
-    """An (n, d) float32 matrix that is filled row by row, and kept under ``settings.cache_dir`` if that is cut short.
+    """An (n, d) float32 matrix filled run by run, each run kept in ``settings.work_dir`` while the rest is computed.
 
-    Used as a context manager: an error or Ctrl-C inside writes what is done, and the next object of the same
-    `identity` begins with it.
+    A run is a set of rows whose values do not depend on what else is computed with them. The next object of the same
+    `identity` begins with the runs that are there, so that its matrix is that of an undisturbed computation, bit for
+    bit. As a context manager it keeps what is finished when an error or Ctrl-C cuts the computation short, and says so.
 
     Parameters
     ----------
@@ -35,24 +38,32 @@ class PartialRows:
     """
 
     def __init__(self, identity: str, shape: tuple[int, int]) -> None:
-        self._path: Path = settings.cache_dir / "embeddings" / f"{identity}.npz"
+        self._stays = settings.work_dir is not None
+        self._folder: Path = (settings.work_dir or settings.cache_dir) / "embeddings" / identity
         self._values = np.zeros(shape, dtype=np.float32)
         self.done = np.zeros(shape[0], dtype=bool)
-        self._started = time.monotonic()
+        self._fresh: list[np.ndarray] = []  # finished, and not kept yet
+        self._began = self._kept_at = time.monotonic()
         self._load()
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Fill `rows` (b,) with `values` (b, d)."""
+        """Fill `rows` (b,), a whole run, with `values` (b, d)."""
         self._values[rows] = values
         self.done[rows] = True
+        self._fresh.append(np.asarray(rows))
+        if time.monotonic() - self._kept_at >= _KEEP_AFTER_S:
+            self._try_to_keep()
 
     def values(self) -> np.ndarray:
         """The matrix."""
         return self._values
 
     def discard(self) -> None:
-        """Delete what an earlier, interrupted run left."""
-        self._path.unlink(missing_ok=True)
+        """Delete what is kept; in ``settings.work_dir`` all of it stays for what follows on these rows."""
+        if not self._stays:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        elif time.monotonic() - self._began >= _KEEP_AFTER_S:
+            self._try_to_keep()
 
     def __enter__(self) -> Self:
         return self
@@ -60,31 +71,41 @@ class PartialRows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.done.any() and time.monotonic() - self._started >= _KEEP_AFTER_S:
-            self._save()
-
-    def _save(self) -> None:
+        if kind is None or not self.done.any() or time.monotonic() - self._began < _KEEP_AFTER_S:
+            return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_suffix(".part.npz")
-            np.savez(part, rows=np.flatnonzero(self.done), values=self._values[self.done])
-            part.replace(self._path)
-        except OSError as error:  # losing the partial result must not hide the reason of the interruption
-            said = f"what was done could not be kept: {error}"
+            self._keep()
+        except OSError as problem:  # losing the partial result must not hide the reason of the interruption
+            said = f"what was done could not be kept: {problem}"
         else:
             said = f"interrupted after {int(self.done.sum())} of {len(self.done)} rows; the same call goes on there"
         warnings.warn(said, HespotexWarning, stacklevel=5)  # of the call of hx.pp.embed
 
-    def _load(self) -> None:
+    def _try_to_keep(self) -> None:
         try:
-            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                rows, values = stored["rows"], stored["values"]
-            self.write(rows, values)
-        except FileNotFoundError:
+            self._keep()
+        except OSError as error:  # a full disk must not end a computation that does not need it
+            logger.info("what is done so far is not kept: %s", error)
+
+    def _keep(self) -> None:
+        self._kept_at = time.monotonic()
+        if not self._fresh:
             return
-        except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
-            # A damaged file of a cache is as good as none.
-            logger.info("ignoring a damaged partial result: %s", error)
-            self.done[:] = False
-        else:
-            logger.info("going on after %d of %d rows", len(rows), len(self.done))
+        rows = np.concatenate(self._fresh)
+        with replacing(self._folder / f"{rows[0]}.npz") as part, part.open("wb") as file:
+            np.savez(file, rows=rows, values=self._values[rows])
+        self._fresh.clear()
+
+    def _load(self) -> None:
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                    rows, values = stored["rows"], stored["values"]
+                self._values[rows] = values
+            except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
+                # A damaged file of a cache is as good as none.
+                logger.info("ignoring a damaged partial result: %s", error)
+            else:
+                self.done[rows] = True
+        if self.done.any():
+            logger.info("going on after %d of %d rows", int(self.done.sum()), len(self.done))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder"]
 
+_TILES_PER_RUN = 512
+
 
 @dataclass(frozen=True)
 class EncoderInfo:
@@ -32,6 +34,9 @@ class EncoderInfo:
     extra: str = ""  # what to install: hespotex[<extra>]
     is_family: bool = False  # asked for as "<name>:<architecture>"
     argument: str = "architecture"  # of the family: what stands behind the colon
+    hub_id: str = ""  # "owner/model" where the weights are published
+    needs_weights: bool = False  # of somebody else, without which nothing runs
+    trained_mpp: tuple[float, ...] = ()  # resolutions the weights were trained at; empty: unknown, or none
 
 
 class Encoder(ABC):
@@ -55,6 +60,11 @@ class Encoder(ABC):
     tile_um: float
     n_features: int
 
+    @property
+    def trained_mpp(self) -> tuple[float, ...]:
+        """Resolutions the weights were trained at, in µm per pixel; empty where that is unknown or means nothing."""
+        return self.info.trained_mpp
+
     @abstractmethod
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding: equal parameters give equal features.
@@ -70,6 +80,32 @@ class Encoder(ABC):
 
         `centres` are (x, y) in pixels of the slide's level 0, (n, 2).
         """
+
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Row indices of `centres` in groups that can be embedded apart: on several machines, or on several days.
+
+        The features of a run must not depend, to the last bit, on which others are embedded with it. By default all
+        rows are one run.
+        """
+        return [np.arange(len(centres))]
+
+    def embed_runs(
+        self,
+        slide: Slide,
+        centres: np.ndarray,
+        runs: list[np.ndarray],
+        *,
+        batch_size: int,
+        device: str,
+        progress_bar: bool,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position in `runs`, features (b, n_features) float32) of each of some runs."""
+        for number, run in enumerate(runs):
+            values = np.full((len(run), self.n_features), np.nan, dtype=np.float32)
+            batches = self.embed(slide, centres[run], batch_size=batch_size, device=device, progress_bar=progress_bar)
+            for rows, features in batches:
+                values[rows] = features
+            yield number, values
 
     def resized(self, factor: float) -> Encoder:
         """The same encoder for tiles `factor` times as wide."""
@@ -121,6 +157,44 @@ class TileEncoder(Encoder):
         """Stream the tiles in storage order through :meth:`encode`."""
         for rows, pixels in self._tiles(slide, centres, batch_size=batch_size, progress_bar=progress_bar):
             yield rows, self.encode(pixels, device)
+
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Tiles that follow each other in storage, whole batches of them."""
+        from ..image.stream import storage_order
+
+        size = batch_size * -(-_TILES_PER_RUN // batch_size)
+        order = storage_order(slide.level_for(self.mpp), np.asarray(centres, dtype=np.float64))
+        return np.split(order, range(size, len(order), size))
+
+    def embed_runs(
+        self,
+        slide: Slide,
+        centres: np.ndarray,
+        runs: list[np.ndarray],
+        *,
+        batch_size: int,
+        device: str,
+        progress_bar: bool,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position in `runs`, features (b, n_features) float32) of each of some runs.
+
+        All are read as one stream, so that a chunk of the image that two runs share is decoded once. As runs are whole
+        batches in the order of the stream, a batch holds the same tiles whichever runs are asked for.
+        """
+        if not runs:
+            return
+        sizes = np.array([len(run) for run in runs])
+        owner, first = np.repeat(np.arange(len(runs)), sizes), np.cumsum(sizes) - sizes
+        unfinished: dict[int, np.ndarray] = {}
+        every = centres[np.concatenate(runs)]
+        for rows, values in self.embed(slide, every, batch_size=batch_size, device=device, progress_bar=progress_bar):
+            for number in np.unique(owner[rows]).tolist():
+                own = owner[rows] == number
+                run = unfinished.setdefault(number, np.full((len(runs[number]), self.n_features), np.nan, np.float32))
+                run[rows[own] - first[number]] = values[own]
+                sizes[number] -= own.sum()
+                if sizes[number] == 0:
+                    yield number, unfinished.pop(number)
 
     def _tiles(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, progress_bar: bool

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dense"]
 
+_TILES_PER_RUN = 256
+
 
 class Dense(Encoder):
     """Patch tokens of a vision transformer, or the last feature map of a convolutional network.
@@ -81,6 +83,11 @@ class Dense(Encoder):
         self._patch_px = patch_px
         self._set_size(float(tile_um if tile_um is not None else patch_px * (0.5 if mpp is None else mpp)))
 
+    @property
+    def trained_mpp(self) -> tuple[float, ...]:
+        """Resolutions the network's weights were trained at."""
+        return self._network.trained_mpp
+
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
         network = {key: value for key, value in self._network.params().items() if key not in ("name", "tile_um")}
@@ -92,17 +99,22 @@ class Dense(Encoder):
         other._set_size(factor * self.tile_um)
         return other
 
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Cells by rows of the tiles that show them, some rows at a time."""
+        _, first, _ = self._places(slide, centres)
+        order = np.argsort(first[:, 1], kind="stable")
+        tiles = np.unique(first, axis=0)[:, 1]
+        tops, n_tiles = np.unique(tiles, return_counts=True)
+        run = np.cumsum(n_tiles) // max(batch_size, _TILES_PER_RUN)
+        return np.split(order, np.flatnonzero(np.diff(run[np.searchsorted(tops, first[order, 1])])) + 1)
+
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (row indices (b,), features (b, n_features) float32), tile by tile in storage order."""
         from ..image.stream import iter_tiles
 
-        cell = self.tile_um / slide.mpp  # in level-0 pixels
-        count = np.maximum(np.ceil(np.array(slide.shape[::-1]) / cell - 1e-6), 1).astype(np.int64)
-        xy = np.asarray(centres, dtype=np.float64).reshape(-1, 2)
-        at = np.clip(np.floor(xy / cell), 0, count - 1).astype(np.int64)
-        first = np.column_stack([_first_cells(at[:, axis], self._cells, self._stride, count[axis]) for axis in (0, 1)])
+        at, first, cell = self._places(slide, centres)
         tiles, members = grouped(first)
         batches = iter_tiles(
             slide,
@@ -118,6 +130,15 @@ class Dense(Encoder):
                 rows = members[tile]
                 column, row = (at[rows] - tiles[tile]).T
                 yield rows, own[row, column]
+
+    def _places(self, slide: Slide, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Cell (x, y) of each centre, the first cell of the tile that shows it, and the side of a cell in pixels."""
+        cell = self.tile_um / slide.mpp  # in level-0 pixels
+        count = np.maximum(np.ceil(np.array(slide.shape[::-1]) / cell - 1e-6), 1).astype(np.int64)
+        xy = np.asarray(centres, dtype=np.float64).reshape(-1, 2)
+        at = np.clip(np.floor(xy / cell), 0, count - 1).astype(np.int64)
+        first = np.column_stack([_first_cells(at[:, axis], self._cells, self._stride, count[axis]) for axis in (0, 1)])
+        return at, first, cell
 
     def _set_size(self, tile_um: float) -> None:
         if not (np.isfinite(tile_um) and tile_um > 0):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..data.geometry import Slide
-    from ..image.stream import Block
+    from ..image.stream import Block, WorkingGrid
     from ._vit import VisionTransformer
 
 __all__ = ["HIPT", "Networks", "image_maps", "load_networks", "random_networks"]
@@ -280,6 +280,16 @@ class HIPT(Encoder):
             **identity,
         }
 
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Superpixels by rows of windows; all of them where attention is over the whole slide."""
+        from ..image.stream import working_grid
+
+        if self._global or not len(centres):
+            return super().runs(slide, centres, batch_size=batch_size)
+        row = _cells(working_grid(slide, self.mpp), centres)[:, 0] // (WINDOW // SIDE)
+        order = np.argsort(row, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(row[order])) + 1)
+
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -293,9 +303,7 @@ class HIPT(Encoder):
         from ..image.stream import iter_blocks, working_grid
 
         grid = working_grid(slide, self.mpp)
-        last = [-(-size // SIDE) - 1 for size in grid.shape]
-        xy = grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2))
-        cells = np.clip(np.floor(xy[:, ::-1] / SIDE), 0, last).astype(np.int64)  # row, column
+        cells = _cells(grid, centres)
         if not len(cells):
             return
         corners = cells[:, ::-1] * SIDE
@@ -414,6 +422,13 @@ def _local_maps(image: np.ndarray, networks: Networks, batch_size: int, device: 
 def _spread(regional: np.ndarray) -> np.ndarray:
     """Features of patches repeated for all their superpixels."""
     return regional.repeat(PATCH // SIDE, axis=0).repeat(PATCH // SIDE, axis=1)
+
+
+def _cells(grid: WorkingGrid, centres: np.ndarray) -> np.ndarray:
+    """Superpixel (row, column) of the grid that holds each centre, (n, 2)."""
+    xy = grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2))
+    last = [-(-size // SIDE) - 1 for size in grid.shape]
+    return np.clip(np.floor(xy[:, ::-1] / SIDE), 0, last).astype(np.int64)
 
 
 def _colour(block: Block) -> np.ndarray:

@@ -169,6 +169,13 @@ class Morphology(Encoder):
                 chunk = rows[start : start + max(batch_size, _CENTRES_AT_ONCE)]
                 yield chunk, self._features(maps, xy[chunk], grid)
 
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Horizontal parts of the slide: their maps are computed apart in any case."""
+        from ..image.stream import working_grid
+
+        grid = working_grid(slide, self.mpp)
+        return list(self._parts(grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2)), grid))
+
     def _reach(self, grid: WorkingGrid) -> float:
         """Working pixels around a centre that its features depend on."""
         # Above the cells each octave is smoothed by two of its pixels, and the coarsest grid is aligned to its own.

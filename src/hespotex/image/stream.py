@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from ..data.geometry import Slide
     from ..data.pyramid import Level
 
-__all__ = ["Block", "TileBatch", "WorkingGrid", "iter_blocks", "iter_tiles", "working_grid"]
+__all__ = [
+    "Block",
+    "TileBatch",
+    "WorkingGrid",
+    "block_corners",
+    "iter_blocks",
+    "iter_tiles",
+    "storage_order",
+    "working_grid",
+]
 
 SNAP = 0.01  # a working mpp this close to a whole multiple of a level's is that multiple
 
@@ -202,6 +211,7 @@ def iter_blocks(
     block_px: int = 1024,
     halo_px: int = 0,
     boxes: np.ndarray | None = None,
+    corners: np.ndarray | None = None,
     fill: int = 255,
     progress_bar: bool | None = None,
 ) -> Iterator[Block]:
@@ -223,6 +233,8 @@ def iter_blocks(
     boxes
         Rectangles (x0, y0, x1, y1) in level-0 pixels, (n, 4): only blocks whose core meets one are read. ``None``:
         all blocks.
+    corners
+        In place of `boxes`, the blocks themselves: some rows of :func:`block_corners`, in its order.
     fill
         Grey value of what lies beyond the image.
     progress_bar
@@ -238,7 +250,7 @@ def iter_blocks(
     if block_px < 1 or halo_px < 0:
         raise DataValueError(f"block_px={block_px!r} must be positive and halo_px={halo_px!r} not negative")
     grid = working_grid(slide, mpp)
-    corners = _block_corners(grid, block_px, boxes)
+    corners = block_corners(grid, block_px, boxes) if corners is None else corners
     show = settings.progress_bar if progress_bar is None else progress_bar
     with tqdm(total=len(corners), unit="block", desc="slide", disable=not show or len(corners) < 2) as bar:
         for block in prefetch(_blocks(slide, grid, corners, block_px, halo_px, fill)):
@@ -258,7 +270,7 @@ def _tile_batches(
     border = np.array(slide.shape[::-1]) / level.downsample
     padded = ((low < -1e-6) | (low + side > border + 1e-6)).any(axis=1)
 
-    order = _storage_order(level, centres / level.downsample)
+    order = storage_order(level, centres)
     reader = ChunkReader(_made_up(level, slide), np.column_stack([first[:, ::-1], last[:, ::-1]])[order], fill)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -288,8 +300,9 @@ def _made_up(level: Level, slide: Slide) -> da.Array:
     return da.pad(array, [(0, more) for more in [0, *missing]], mode="edge").rechunk(tuple(chunks))
 
 
-def _storage_order(level: Level, xy: np.ndarray) -> np.ndarray:
-    """Order by row of chunks, then by column of chunks."""
+def storage_order(level: Level, centres: np.ndarray) -> np.ndarray:
+    """Order of centres (x, y) in level-0 pixels, (n, 2), by row of a level's chunks, then by column of chunks."""
+    xy = centres / level.downsample
     rows, columns = (
         np.searchsorted(np.cumsum(sizes), values, side="right")
         for sizes, values in zip(level.array.chunks[1:], (xy[:, 1], xy[:, 0]), strict=True)
@@ -308,8 +321,11 @@ def _resize(window: np.ndarray, low: np.ndarray, side: np.ndarray, tile_px: int)
     return np.asarray(Image.fromarray(window).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box=box))
 
 
-def _block_corners(grid: WorkingGrid, block_px: int, boxes: np.ndarray | None) -> np.ndarray:
-    """First core pixel (y, x) of each block to read, (n, 2), along rows."""
+def block_corners(grid: WorkingGrid, block_px: int, boxes: np.ndarray | None = None) -> np.ndarray:
+    """First core pixel (y, x) of each block of a grid, or of those that `boxes` meet, (n, 2), along rows.
+
+    Parameters are those of :func:`iter_blocks`.
+    """
     rows, columns = (-(-size // block_px) for size in grid.shape)
     wanted = np.ones((rows, columns), dtype=bool)
     if boxes is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
+from .._tasks import check_client, iter_tasks
 from ..data.geometry import Slide, check_on_image, shape_centres, shape_radius
 from ..data.partial import PartialRows
 from ..data.provenance import digest, read_record, record
@@ -31,6 +32,7 @@ from ._free import check_elements_free, check_slot_free
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from distributed import Client
     from spatialdata import SpatialData
 
 __all__ = ["Place", "embed", "embed_places", "new_table", "resolve_encoder", "resolve_places"]
@@ -50,6 +52,7 @@ def embed(
     tile_um: float | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    client: Client | None = None,
     key_added: str | None = None,
     copy: bool = False,
     progress_bar: bool | None = None,
@@ -85,6 +88,9 @@ def embed(
         Tiles per forward pass; the setting by default.
     device
         The setting by default.
+    client
+        A ``dask.distributed.Client``: its workers embed parts of the slide, which they read themselves, so that they need
+        the file under the same path. Features are the same, those of networks to rounding.
     key_added
         Key in ``obsm``; ``"X_<encoder>"`` by default.
     copy
@@ -120,7 +126,8 @@ def embed(
     Warns
     -----
     HespotexWarning
-        If the work is interrupted: what is done is kept in ``settings.cache_dir``, where the same call goes on.
+        If the work is interrupted: what is done is kept in ``settings.cache_dir``, where the same call goes on, also
+        after a kill.
 
     Examples
     --------
@@ -130,6 +137,7 @@ def embed(
     """
     if batch_size is not None and batch_size < 1:
         raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
+    check_client(client)
     table = _resolve_table(sdata, shapes_key, table_key)
     if tile_um is None and isinstance(encoder, str):
         tile_um = _tile_of_cells(sdata, table, encoder)
@@ -141,6 +149,7 @@ def embed(
         encoder,
         batch_size=batch_size,
         device=device,
+        client=client,
         key_added=key_added,
         copy=copy,
         progress_bar=progress_bar,
@@ -166,6 +175,7 @@ def embed_places(
     key_added: str | None,
     copy: bool,
     progress_bar: bool | None,
+    client: Client | None = None,
     name: str | None = None,
     depends_on: tuple[Any, ...] = (),
 ) -> np.ndarray | None:
@@ -173,7 +183,7 @@ def embed_places(
 
     Parameters
     ----------
-    sdata, encoder, batch_size, device, key_added, copy, progress_bar
+    sdata, encoder, batch_size, device, client, key_added, copy, progress_bar
         As in :func:`embed`.
     table
         The table to write to.
@@ -196,7 +206,7 @@ def embed_places(
     if not copy:
         _check_free(sdata, table, key, name)
     partial = PartialRows(identity, (table.adata.n_obs, encoder.n_features))
-    features = _compute(encoder, places, partial, batch_size, device, progress_bar=progress_bar)
+    features = _compute(encoder, places, partial, batch_size, device, client, progress_bar=progress_bar)
     if copy:
         return features
     padded = _padded(encoder, places, table.adata.n_obs)
@@ -326,24 +336,23 @@ def _compute(
     partial: PartialRows,
     batch_size: int | None,
     device: str | None,
+    client: Client | None,
     *,
     progress_bar: bool | None,
 ) -> np.ndarray:
     """Features of all rows; what is finished is kept if the work is interrupted."""
+    how: dict[str, Any] = {"batch_size": batch_size or settings.batch_size, "device": device or settings.device}
+    shown = settings.progress_bar if progress_bar is None else progress_bar
     with partial:
         for place in places:
-            todo = np.flatnonzero(~partial.done[place.rows])
-            if len(todo) == 0:
-                continue
-            batches = encoder.embed(
-                place.slide,
-                place.centres[todo],
-                batch_size=batch_size or settings.batch_size,
-                device=device or settings.device,
-                progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
-            )
-            for rows, values in batches:
-                partial.write(place.rows[todo[rows]], values)
+            runs = encoder.runs(place.slide, place.centres, batch_size=how["batch_size"])
+            todo = [run for run in runs if not partial.done[place.rows[run]].all()]
+            if client is None:
+                found = encoder.embed_runs(place.slide, place.centres, todo, **how, progress_bar=shown)
+            else:
+                found = _on_cluster(encoder, place, todo, how, client, progress_bar=shown)
+            for number, values in found:
+                partial.write(place.rows[todo[number]], values)
         if not partial.done.all():
             raise DataValueError(f"encoder {encoder.name!r} left out {int((~partial.done).sum())} tiles")
         features = partial.values()
@@ -352,6 +361,30 @@ def _compute(
         raise DataValueError(f"encoder {encoder.name!r} gave NaN or infinite features for {bad} tiles")
     partial.discard()
     return features
+
+
+def _on_cluster(
+    encoder: Encoder,
+    place: Place,
+    runs: list[np.ndarray],
+    how: dict[str, Any],
+    client: Client,
+    *,
+    progress_bar: bool,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What ``encoder.embed_runs`` yields, a run a task."""
+    from tqdm.auto import tqdm
+
+    shared = {"encoder": encoder, "slide": place.slide, "how": how}
+    tasks = (place.centres[run] for run in runs)
+    results = iter_tasks(_embed_run, tasks, shared=shared, client=client)
+    bar = tqdm(results, total=len(runs), unit="run", desc="tiles", disable=not progress_bar or len(runs) < 2)
+    yield from enumerate(bar)
+
+
+def _embed_run(centres: np.ndarray, encoder: Encoder, slide: Slide, how: dict[str, Any]) -> np.ndarray:
+    ((_, values),) = encoder.embed_runs(slide, centres, [np.arange(len(centres))], **how, progress_bar=False)
+    return values
 
 
 def _padded(encoder: Encoder, places: list[Place], n_obs: int) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""Files that appear under their name only when whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["publish", "replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the block a name beside `path` to write a file to; it becomes `path` when the block ends without an error.
+
+    The content is on the disk before the name is, so neither a kill nor a power cut leaves a part of a file under
+    `path`. What was there before stays until then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        _sync_file(part)
+        part.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename a finished file or folder `part` to `path`, on the same disk, once all of it is on the disk.
+
+    A folder that is at `path` is moved beside `part` first and deleted afterwards: a kill in between leaves nothing at
+    `path`, never a mixture.
+    """
+    for folder, _, names in os.walk(part):
+        for name in names:
+            _sync_file(Path(folder, name))
+        _sync_folder(Path(folder))
+    before = part.with_name(f"{part.name}.before")
+    if part.is_dir():
+        if path.exists():
+            path.rename(before)
+    else:
+        _sync_file(part)
+    part.replace(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some systems cannot open a folder, and then need no such thing
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
