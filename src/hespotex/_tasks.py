@@ -6,6 +6,7 @@ results pile up.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +103,10 @@ def _on_cluster(
     from distributed import KilledWorker
     from distributed.comm import CommClosedError
 
-    # As results of tasks and not scattered: dask makes them again where the worker that held them has died.
-    common = {name: client.submit(_itself, value, pure=False) for name, value in shared.items()}
+    with warnings.catch_warnings():
+        # As results of tasks and not scattered, however large: dask makes them again where their worker has died.
+        warnings.filterwarnings("ignore", "Sending large graph")
+        common = {name: client.submit(_itself, value, pure=False) for name, value in shared.items()}
     room = _AHEAD * max(sum(client.nthreads().values()), 1)
     waiting: deque[Any] = deque()
     try:

@@ -13,6 +13,7 @@ __all__ = [
     "CountsError",
     "DataTypeError",
     "DataValueError",
+    "DeviceMemoryError",
     "GeometryError",
     "HespotexError",
     "HespotexWarning",
@@ -22,6 +23,7 @@ __all__ = [
     "MissingKeyError",
     "MissingWeightsError",
     "ModelMismatchError",
+    "OutputError",
     "ScaleError",
     "WorkerError",
 ]
@@ -55,7 +57,7 @@ class AmbiguousKeyError(MissingKeyError):
 
 
 class ImageFormatError(DataValueError):
-    """An image that is not 8-bit RGB."""
+    """An image that is damaged, of an unknown format, or not 8-bit RGB."""
 
 
 class ScaleError(DataValueError):
@@ -90,5 +92,13 @@ class MissingDependencyError(HespotexError, ImportError):
     """An optional package that is not installed."""
 
 
+class OutputError(HespotexError, OSError):
+    """A place that results cannot be written to: a full disk, a read-only folder."""
+
+
 class WorkerError(HespotexError, RuntimeError):
     """Workers of a cluster that died, or a cluster that is gone."""
+
+
+class DeviceMemoryError(HespotexError, MemoryError):
+    """A device whose memory cannot hold the least that has to be computed at once."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from ..errors import DataValueError
+from ..errors import DataValueError, HespotexWarning
 
 if TYPE_CHECKING:
     from ..data.geometry import Slide
+    from ._torch import TileNetwork
 
 __all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder"]
 
 _TILES_PER_RUN = 512
+_SMALLEST_BATCH, _LARGEST_BATCH = 8, 512
+_WORTHWHILE = 0.03  # a doubling that gains less is not worth its memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class EncoderInfo:
     is_family: bool = False  # asked for as "<name>:<architecture>"
     argument: str = "architecture"  # of the family: what stands behind the colon
     hub_id: str = ""  # "owner/model" where the weights are published
+    hub_files: tuple[str, ...] = ()  # names of their file there, preferred first
     needs_weights: bool = False  # of somebody else, without which nothing runs
     trained_mpp: tuple[float, ...] = ()  # resolutions the weights were trained at; empty: unknown, or none
 
@@ -107,6 +113,16 @@ class Encoder(ABC):
                 values[rows] = features
             yield number, values
 
+    def compile(self) -> None:
+        """Have torch compile the network: worth some seconds to a minute where many thousand tiles follow.
+
+        Raises
+        ------
+        DataValueError
+            If the encoder is no network of torch.
+        """
+        raise DataValueError(f"compile=True is for encoders that are networks of torch, which {self.name!r} is not")
+
     def resized(self, factor: float) -> Encoder:
         """The same encoder for tiles `factor` times as wide."""
         from ._registry import create
@@ -122,6 +138,36 @@ class TileEncoder(Encoder):
     """
 
     tile_px: int
+    _network: TileNetwork | None = None  # of encoders that are one
+
+    def compile(self) -> None:
+        """Have torch compile the network; see :meth:`Encoder.compile`."""
+        if self._network is None:
+            super().compile()
+        else:
+            self._network.compile()
+
+    def fitting_batch_size(self, device: str) -> int:
+        """Tiles per forward pass from which more of them no longer make it faster, found by trying on noise.
+
+        Takes some seconds on a CPU. A batch that does not fit into the memory of the device is taken in halves, is
+        therefore not faster, and ends the search.
+        """
+        rng = np.random.default_rng(0)
+        tiles = rng.integers(0, 255, (_LARGEST_BATCH, self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        self.encode(tiles[:1], device)  # moves the network, wakes libraries
+        best, size, fastest = _SMALLEST_BATCH, _SMALLEST_BATCH, np.inf
+        while size <= _LARGEST_BATCH:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HespotexWarning)
+                start = perf_counter()
+                self.encode(tiles[:size], device)
+                per_tile = (perf_counter() - start) / size
+            if per_tile > fastest * (1 - _WORTHWHILE):
+                break
+            best, fastest = size, per_tile
+            size *= 2
+        return best
 
     def set_size(self, tile_um: float | None, mpp: float | None, *, default_um: float) -> None:
         """Set the size of a tile from its side in µm or the resolution it is looked at; :attr:`tile_px` is given.

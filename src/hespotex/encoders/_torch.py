@@ -1,13 +1,15 @@
-"""What encoders that are torch networks share: normalisation, device, one forward pass."""
+"""What encoders that are torch networks share: normalisation, device, forward passes that fit into memory."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataValueError
+from .._logging import logger
+from ..errors import DataValueError, DeviceMemoryError, HespotexWarning
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 class TileNetwork:
     """A frozen network and the normalisation of its input.
+
+    Where a batch does not fit into the memory of the device, it is taken in halves from then on.
 
     Parameters
     ----------
@@ -42,8 +46,14 @@ class TileNetwork:
         # Convolutions are up to 1.5 times as fast on CPU with channels last, and no slower elsewhere.
         self._network = network.eval().requires_grad_(requires_grad=False).to(self._dtype)
         self._network = self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # untyped there
-        self._mean, self._std = (None if value is None else torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+        # (x / 255 - mean) / std, as one product and one sum
+        centre, spread = (None if value is None else torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+        self._scale = None if spread is None else 1 / (255 * spread)
+        self._shift = None if centre is None or spread is None else -centre / spread
         self._device: torch.device | None = None
+        self._at_most: int | None = None  # tiles that fit into memory, once more of them did not
+        self._compiled: Callable[[Any], Any] | None = None
+        self._compiled_for = 0  # tiles
 
     def __call__(
         self,
@@ -55,6 +65,16 @@ class TileNetwork:
         """Features (b, n_features) float32 of RGB tiles (b, h, w, 3) uint8.
 
         `forward` is what to call in place of the network itself, such as a method of it that stops earlier.
+
+        Raises
+        ------
+        DeviceMemoryError
+            If not even one tile fits into the memory of the device.
+
+        Warns
+        -----
+        HespotexWarning
+            If a batch does not, once for each size.
         """
         import torch
 
@@ -63,11 +83,101 @@ class TileNetwork:
         target = resolve_device(device)
         if self._device != target:
             self._network = self._network.to(target)
-            self._device = target
+            self._device, self._at_most = target, None
+        step = min(self._at_most or len(tiles), max(len(tiles), 1))
+        parts, start = [], 0
         with torch.inference_mode():
-            # NumPy's (b, h, w, c) is the memory of a channels-last (b, c, h, w): no copy is needed.
-            x = torch.from_numpy(np.ascontiguousarray(tiles)).to(target).permute(0, 3, 1, 2).float()
-            if self._mean is not None and self._std is not None:
-                x = (x / 255 - self._mean.to(target)) / self._std.to(target)
-            features = (forward or self._network)(x.to(self._dtype)).float()
-            return (after(features) if after else features).cpu().numpy()
+            while start < len(tiles) or not parts:
+                try:
+                    parts.append(self._features(tiles[start : start + step], target, after, forward))
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    if step == 1:
+                        raise DeviceMemoryError(
+                            f"one tile of {tiles.shape[1]} × {tiles.shape[2]} px does not fit into the memory of "
+                            f"{str(target)!r}; free some, take device='cpu', dtype='bfloat16' or a smaller encoder"
+                        ) from error
+                    step = self._at_most = -(-step // 2)
+                    _forget(target)
+                    warnings.warn(
+                        f"{str(target)!r} is out of memory; going on with batches of {step} tiles. To spare the attempt: "
+                        f"batch_size={step}",
+                        HespotexWarning,
+                        stacklevel=2,
+                    )
+                else:
+                    start += step
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the network without its device, to be compiled there if it was to be here."""
+        if self._device is not None and self._device.type != "cpu":
+            self._network, self._device = self._network.cpu(), None
+        return {**self.__dict__, "_compiled": self._compiled is not None, "_compiled_for": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _compiled=None)
+        if state["_compiled"]:
+            self.compile()
+
+    def compile(self) -> None:
+        """Have torch compile the network at the next batch, for its size; it pays after some thousand tiles.
+
+        Where torch cannot (it needs a C++ compiler), the network goes on as it is, and the log says why.
+        """
+        import torch
+
+        self._compiled, self._compiled_for = torch.compile(self._network, dynamic=False), 0
+
+    def _features(
+        self,
+        tiles: np.ndarray,
+        target: torch.device,
+        after: Callable[[Any], Any] | None,
+        forward: Callable[[Any], Any] | None,
+    ) -> np.ndarray:
+        import torch
+
+        # NumPy's (b, h, w, c) is the memory of a channels-last (b, c, h, w): no copy is needed.
+        x = torch.from_numpy(np.ascontiguousarray(tiles)).to(target).permute(0, 3, 1, 2).float()
+        if self._scale is not None and self._shift is not None:
+            x.mul_(self._scale.to(target)).add_(self._shift.to(target))
+        x = x.to(self._dtype)
+        if forward is None and self._compiled is not None and len(tiles):
+            features = self._run_compiled(x).float()
+        else:
+            features = (forward or self._network)(x).float()
+        return (after(features) if after else features).cpu().numpy()
+
+    def _run_compiled(self, x: Any) -> Any:
+        """Features by the compiled network; a smaller batch is filled up, as each size would be compiled anew."""
+        import torch
+
+        self._compiled_for = max(self._compiled_for, len(x))
+        full = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, self._compiled_for - len(x)))
+        assert self._compiled is not None
+        try:
+            return self._compiled(full.contiguous(memory_format=torch.channels_last))[: len(x)]
+        except Exception as error:  # what compilers raise is not a closed set
+            if _is_out_of_memory(error):
+                raise
+            logger.warning("torch cannot compile the network, which goes on as it is: %s", str(error).split("\n")[0])
+            self._compiled = None
+            return self._network(x)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says so; that of CUDA has a class of its own, those of other devices only a text."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _forget(device: torch.device) -> None:
+    """Give back what the failed attempt reserved."""
+    import torch
+
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..data.tables import (
     table_role,
 )
 from ..data.transaction import restored_on_error
-from ..encoders import Encoder, create
+from ..encoders import Encoder, TileEncoder, create
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
 from ..image.fingerprint import fingerprint
 from ._free import check_elements_free, check_slot_free
@@ -50,7 +51,8 @@ def embed(
     table_key: str | None = None,
     mpp: float | None = None,
     tile_um: float | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] | None = None,
+    compile: bool = False,
     device: str | None = None,
     client: Client | None = None,
     key_added: str | None = None,
@@ -85,7 +87,10 @@ def embed(
         Side of a tile in µm, in place of the encoder's own. On superpixels ``"rgb"`` sees one cell and ``"morphology"``
         two by default.
     batch_size
-        Tiles per forward pass; the setting by default.
+        Tiles per forward pass; the setting by default. ``"auto"`` tries which is fastest on the device. A batch that does
+        not fit into its memory is taken in halves, with a warning.
+    compile
+        Have torch compile the network first: worth it for many thousand tiles.
     device
         The setting by default.
     client
@@ -135,13 +140,15 @@ def embed(
     >>> hx.pp.embed(sdata)  # doctest: +SKIP
     >>> hx.pp.embed(sdata, "timm:resnet50", weights="resnet50.safetensors", tile_um=112)  # doctest: +SKIP
     """
-    if batch_size is not None and batch_size < 1:
-        raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
+    if batch_size not in (None, "auto") and not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise DataValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, or 'auto'")
     check_client(client)
     table = _resolve_table(sdata, shapes_key, table_key)
     if tile_um is None and isinstance(encoder, str):
         tile_um = _tile_of_cells(sdata, table, encoder)
     encoder = resolve_encoder(encoder, mpp=mpp, tile_um=tile_um, **encoder_options)
+    if compile:
+        encoder.compile()
     return embed_places(
         sdata,
         table,
@@ -170,7 +177,7 @@ def embed_places(
     places: list[Place],
     encoder: Encoder,
     *,
-    batch_size: int | None,
+    batch_size: int | Literal["auto"] | None,
     device: str | None,
     key_added: str | None,
     copy: bool,
@@ -334,14 +341,18 @@ def _compute(
     encoder: Encoder,
     places: list[Place],
     partial: PartialRows,
-    batch_size: int | None,
+    batch_size: int | Literal["auto"] | None,
     device: str | None,
     client: Client | None,
     *,
     progress_bar: bool | None,
 ) -> np.ndarray:
     """Features of all rows; what is finished is kept if the work is interrupted."""
-    how: dict[str, Any] = {"batch_size": batch_size or settings.batch_size, "device": device or settings.device}
+    device = device or settings.device
+    if batch_size == "auto":
+        batch_size = encoder.fitting_batch_size(device) if isinstance(encoder, TileEncoder) else None
+        logger.info("embed: batches of %d tiles", batch_size or settings.batch_size)
+    how: dict[str, Any] = {"batch_size": batch_size or settings.batch_size, "device": device}
     shown = settings.progress_bar if progress_bar is None else progress_bar
     with partial:
         for place in places:
