@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from hespotex import _tasks
 from hespotex._tasks import check_client, iter_tasks
-from hespotex.errors import DataTypeError
+from hespotex.errors import DataTypeError, WorkerError
 
 
 def scaled(task: int, factor: int = 1) -> int:
@@ -63,3 +66,52 @@ def test_a_client_is_one_of_dask(cluster):
     check_client(cluster)
     with pytest.raises(DataTypeError, match=r"client must be a dask.distributed.Client, got str.*Client\('tcp"):
         check_client("tcp://localhost:8786")
+
+
+def dying_once(folder: str, factor: int) -> int:
+    mark = Path(folder) / "died"
+    if not mark.exists():
+        mark.touch()
+        os._exit(1)
+    return factor
+
+
+def dying(_: int) -> None:
+    os._exit(1)
+
+
+@pytest.fixture
+def one_worker():
+    """A cluster of its own, whose worker may be killed."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1", memory_limit=0
+        ) as workers,
+        distributed.Client(workers) as client,
+    ):
+        yield client
+
+
+@pytest.mark.slow
+def test_a_task_whose_worker_died_is_done_again(one_worker, tmp_path):
+    assert list(iter_tasks(dying_once, [str(tmp_path)] * 2, shared={"factor": 3}, client=one_worker)) == [3, 3]
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_workers_is_given_up(one_worker, monkeypatch):
+    monkeypatch.setattr(_tasks, "_NO_WORKER_S", 15.0)  # dask gives up the task or the worker
+    with pytest.raises(WorkerError, match="workers of client=.* are lost"):
+        list(iter_tasks(dying, range(2), client=one_worker))
+
+
+@pytest.mark.slow
+def test_a_cluster_without_workers_is_not_waited_for(one_worker, monkeypatch):
+    monkeypatch.setattr(_tasks, "_NO_WORKER_S", 1.0)
+    monkeypatch.setattr(_tasks, "_POLL_S", 0.2)
+    one_worker.cluster.scale(0)
+    deadline = time.monotonic() + 30
+    while one_worker.nthreads() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(WorkerError, match="no worker for 1 s"):
+        list(iter_tasks(scaled, range(2), client=one_worker))

@@ -6,6 +6,8 @@ results pile up.
 
 from __future__ import annotations
 
+import time
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +23,8 @@ __all__ = ["check_client", "iter_tasks"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+_POLL_S = 2.0
+_NO_WORKER_S = 120.0  # a batch system may take a while to start one
 _AHEAD = 2  # tasks in flight per thread of the cluster: one is worked on while the next one travels
 
 
@@ -100,22 +104,24 @@ def _on_cluster(
 ) -> Iterator[R]:
     from concurrent.futures import CancelledError
 
+    import cloudpickle
     from distributed import KilledWorker
     from distributed.comm import CommClosedError
 
-    with warnings.catch_warnings():
-        # As results of tasks and not scattered, however large: dask makes them again where their worker has died.
-        warnings.filterwarnings("ignore", "Sending large graph")
-        common = {name: client.submit(_itself, value, pure=False) for name, value in shared.items()}
-    room = _AHEAD * max(sum(client.nthreads().values()), 1)
+    common = None
     waiting: deque[Any] = deque()
     try:
+        with warnings.catch_warnings():
+            # As the result of a task and not scattered, however large: dask makes it again where its worker has died.
+            warnings.filterwarnings("ignore", "Sending large graph")
+            packed = (uuid.uuid4().hex, cloudpickle.dumps(dict(shared)))
+            common = client.submit(_itself, packed, pure=False)
         for task in tasks:
-            waiting.append(client.submit(function, task, **common, pure=False))
-            if len(waiting) >= room:
-                yield waiting.popleft().result()
+            waiting.append(client.submit(_call, function, task, common, pure=False))
+            if len(waiting) >= _AHEAD * max(sum(client.nthreads().values()), 1):
+                yield _result(waiting.popleft(), client)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), client)
     except (KilledWorker, CommClosedError, CancelledError) as error:
         raise WorkerError(
             f"the workers of client={client!r} are lost ({type(error).__name__}: {error}); they may have run out of memory. "
@@ -123,8 +129,56 @@ def _on_cluster(
         ) from error
     finally:
         if client.status == "running":
-            client.cancel([*waiting, *common.values()])
+            client.cancel([*waiting, *([common] if common else [])])
+
+
+def _result(future: Any, client: Client) -> Any:
+    """The result of a task, unless there is no worker that could do it.
+
+    Raises
+    ------
+    CancelledError
+        If all workers have been gone for a while: dask itself would wait for new ones for ever.
+    """
+    from concurrent.futures import CancelledError
+
+    alone_since: float | None = None
+    while True:
+        try:
+            return future.result(timeout=_POLL_S)
+        except TimeoutError:
+            if future.status != "pending":
+                raise  # the task's own
+        if client.nthreads():
+            alone_since = None
+        elif alone_since is None:
+            alone_since = time.monotonic()
+        elif time.monotonic() - alone_since > _NO_WORKER_S:
+            raise CancelledError(f"there has been no worker for {_NO_WORKER_S:g} s")
 
 
 def _itself(value: Any) -> Any:
     return value
+
+
+_UNPACKED: dict[str, dict[str, Any]] = {}  # shared arguments of the tasks that this worker is at
+_AT_ONCE = 4
+
+
+def _call(function: Callable[..., R], task: Any, common: tuple[str, bytes]) -> R:
+    """One task, on the worker.
+
+    What is shared is unpickled here, once, and not where messages arrive: what that imports may fail, which there would
+    end the worker, and may need to be prepared, as torchvision.
+    """
+    import pickle
+
+    from ._optional import ensure_torchvision
+
+    key, content = common
+    if key not in _UNPACKED:
+        ensure_torchvision()
+        while len(_UNPACKED) >= _AT_ONCE:
+            _UNPACKED.pop(next(iter(_UNPACKED)), None)
+        _UNPACKED[key] = pickle.loads(content)
+    return function(task, **_UNPACKED[key])

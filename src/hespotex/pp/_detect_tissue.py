@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._keys import Keys
 from .._logging import logger
+from .._tasks import check_client, iter_tasks
 from ..data.geometry import Slide, image_transformations, resolve_slide
 from ..errors import DataValueError, GeometryError
-from ..image.stream import WorkingGrid, iter_blocks, working_grid
+from ..image.stream import WorkingGrid, block_corners, iter_blocks, working_grid
 from ..image.tissue import mask_polygons, tissue_mask
 from ._free import check_elements_free
 
 if TYPE_CHECKING:
+    from distributed import Client
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
@@ -32,6 +35,7 @@ def detect_tissue(
     max_hole_um2: float = 40_000.0,
     key_added: str = Keys.TISSUE,
     copy: bool = False,
+    client: Client | None = None,
     progress_bar: bool | None = None,
 ) -> GeoDataFrame | None:
     """Outline the tissue by how much light it absorbs.
@@ -57,6 +61,9 @@ def detect_tissue(
         Name of the outlines.
     copy
         Return the outlines in place of writing them.
+    client
+        A ``dask.distributed.Client``, whose workers read the slide: of use where it has to be read at full size, as an
+        image without coarser levels. They need the file under the same path.
     progress_bar
         The setting by default.
 
@@ -81,6 +88,7 @@ def detect_tissue(
     """
     if min_area_um2 < 0 or max_hole_um2 < 0:
         raise DataValueError(f"min_area_um2={min_area_um2!r} and max_hole_um2={max_hole_um2!r} must not be negative")
+    check_client(client)
     slide = resolve_slide(sdata, image_key=image_key)
     if not copy:
         check_elements_free(
@@ -92,7 +100,7 @@ def detect_tissue(
         )
     grid = working_grid(slide, max(WORKING_UM, slide.mpp))
     mask = tissue_mask(
-        _overview(slide, grid, progress_bar=progress_bar),
+        _overview(slide, grid, client, progress_bar=progress_bar),
         grid.mpp,
         min_area_um2=min_area_um2,
         max_hole_um2=max_hole_um2,
@@ -110,13 +118,32 @@ def detect_tissue(
     return None
 
 
-def _overview(slide: Slide, grid: WorkingGrid, *, progress_bar: bool | None) -> np.ndarray:
+def _overview(slide: Slide, grid: WorkingGrid, client: Client | None, *, progress_bar: bool | None) -> np.ndarray:
     """The whole slide at the grid's resolution, (h, w, 3) uint8."""
     overview = np.empty((*grid.shape, 3), dtype=np.uint8)
     block_px = max(1, int(BLOCK_SOURCE_PX / max(grid.step)))
-    for block in iter_blocks(slide, mpp=grid.mpp, block_px=block_px, progress_bar=progress_bar):
-        overview[block.place] = block.pixels[block.core]
+    how = {"mpp": grid.mpp, "block_px": block_px}
+    if client is None:
+        parts = _parts(None, slide, how, progress_bar=progress_bar)
+    else:
+        corners = block_corners(grid, block_px)
+        rows = np.split(corners, np.flatnonzero(np.diff(corners[:, 0])) + 1)
+        results = iter_tasks(_parts_of_row, rows, shared={"slide": slide, "how": how}, client=client)
+        parts = (part for row in results for part in row)
+    for place, pixels in parts:
+        overview[place] = pixels
     return overview
+
+
+def _parts(
+    corners: np.ndarray | None, slide: Slide, how: dict[str, Any], *, progress_bar: bool | None
+) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+    for block in iter_blocks(slide, **how, corners=corners, progress_bar=progress_bar):
+        yield block.place, block.pixels[block.core]
+
+
+def _parts_of_row(corners: np.ndarray, slide: Slide, how: dict[str, Any]) -> list[Any]:
+    return list(_parts(corners, slide, how, progress_bar=False))
 
 
 def _shapes(sdata: SpatialData, slide: Slide, grid: WorkingGrid, mask: np.ndarray) -> GeoDataFrame:
