@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +11,18 @@ import pytest
 
 from hespotex.data.geometry import Level, Slide
 from hespotex.encoders import Encoder
+
+MANIFEST: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "manifest.json").read_text())
+
+
+def tensors(name: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in the published weights file of an encoder."""
+    found = {}
+    for pattern, shape in MANIFEST[name]["tensors"].items():
+        numbers = re.search(r"\{0\.\.(\d+)\}", pattern)
+        for number in range(int(numbers[1]) + 1) if numbers else [None]:
+            found[pattern if numbers is None else pattern.replace(numbers[0], str(number))] = tuple(shape)
+    return found
 
 
 @pytest.fixture(scope="session")

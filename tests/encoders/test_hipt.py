@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 import hespotex as hx
-from hespotex.encoders import _vit, create, hipt
+from hespotex.encoders import _licence, _vit, create, hipt
 from hespotex.encoders._vit import VisionTransformer
 from hespotex.encoders.hipt import HIPT, Networks, image_maps, random_networks
 from hespotex.errors import CheckpointError, DataValueError, HespotexWarning, MissingWeightsError, ModelMismatchError
@@ -49,7 +49,7 @@ def small_windows(monkeypatch):
 @pytest.fixture
 def folder(shallow, tmp_path, monkeypatch):
     """A folder with weights: safetensors, and a checkpoint of a whole training."""
-    monkeypatch.setattr(HIPT, "_licence_shown", True)
+    monkeypatch.setattr(_licence, "_SHOWN", {"hipt"})
     torch.manual_seed(5)
     lower, upper = shallow()
     safetensors.torch.save_file(lower.state_dict(), tmp_path / "vit256_small.safetensors")
@@ -227,7 +227,7 @@ def test_random_weights_follow_their_seed_and_leave_the_global_state(shallow):
 def test_weights_are_loaded_from_a_folder_with_their_licence_shown(
     folder, monkeypatch, slide_of, features_of, tmp_path
 ):
-    monkeypatch.setattr(HIPT, "_licence_shown", False)
+    monkeypatch.setattr(_licence, "_SHOWN", set())
     with pytest.warns(HespotexWarning, match="non-commercial"):
         encoder = create("hipt", weights=folder)
     params = encoder.params()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import hespotex as hx
-from hespotex.encoders.open_clip import QuiltNet
-from hespotex.errors import CheckpointError, DataValueError, HespotexWarning, MissingWeightsError
+from hespotex.encoders import _licence
+from hespotex.errors import CheckpointError, DataValueError, HespotexWarning, MissingWeightsError, ModelMismatchError
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -81,7 +81,7 @@ def full_size(tmp_path_factory):
 def test_checklist_10_512_features_of_unit_length_from_a_frozen_network(full_size, monkeypatch, name, options):
     from open_clip.transformer import QuickGELU
 
-    monkeypatch.setattr(QuiltNet, "_licence_shown", True)
+    monkeypatch.setattr(_licence, "_SHOWN", {"quiltnet"})
     encoder = hx.encoders.create(name, weights=full_size, **options)
     network = encoder._network._network
     kinds = [type(module) for module in network.modules()]
@@ -195,7 +195,7 @@ def test_weights_that_do_not_fit(weights, tmp_path):
 
 @pytest.fixture
 def licence_was_shown(monkeypatch):
-    monkeypatch.setattr(QuiltNet, "_licence_shown", True)
+    monkeypatch.setattr(_licence, "_SHOWN", {"quiltnet"})
 
 
 @pytest.fixture
@@ -206,8 +206,8 @@ def tiny_quiltnet(monkeypatch, licence_was_shown):
 
 
 def test_quiltnet_takes_a_local_file_and_states_its_licence_once(weights, tiny_quiltnet, monkeypatch):
-    monkeypatch.setattr(QuiltNet, "_licence_shown", False)
-    with pytest.warns(HespotexWarning, match="quiltnet: see the model card"):
+    monkeypatch.setattr(_licence, "_SHOWN", set())
+    with pytest.warns(HespotexWarning, match="quiltnet: .*Quilt-1M"):
         hx.encoders.create("quiltnet", weights=weights)
     with warnings.catch_warnings(action="error"):
         encoder = hx.encoders.create("quiltnet", weights=weights)
@@ -229,6 +229,24 @@ def test_quiltnet_is_taken_from_the_hubs_cache(weights, tiny_quiltnet, monkeypat
     encoder = hx.encoders.create("quiltnet", revision="abc")
     assert asked == [("wisdomik/QuiltNet-B-32", "open_clip_model.safetensors", "abc")]
     assert encoder.params()["weights_name"] == "hf-hub:wisdomik/QuiltNet-B-32"
+
+
+def test_other_models_of_the_hub_are_found_again_in_its_cache(weights, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(_licence, "_SHOWN", set())
+    snapshot = tmp_path / "hub" / "models--me--clip" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / weights.name).symlink_to(weights)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    with pytest.warns(HespotexWarning, match="https://huggingface.co/me/clip"):
+        params = make("hf-hub:me/clip").params()
+    assert params["weights_name"] == "hf-hub:me/clip"
+    with hx.settings.override(cache_dir=tmp_path / "elsewhere"):
+        assert hx.encoders.create(**params).params() == params
+        with pytest.raises(ModelMismatchError, match="other weights"):
+            hx.encoders.create(**params | {"weights_sha256": "0" * 64})
 
 
 def test_quiltnet_offline_says_what_to_do(licence_was_shown, tmp_path):

@@ -45,13 +45,26 @@ def test_available_describes_the_built_in_ones():
     table = hx.encoders.available()
     assert {"morphology", "quiltnet", "timm:<architecture>", "open_clip:<architecture>"} <= set(table.index)
     assert {"rgb", "crops", "dense:<encoder>", "pyramid:<encoder>"} <= set(table.index)
+    assert "lazyslide:<model>" in table.index
     assert table.loc["quiltnet", "n_features"] == 512
-    assert {"mpp", "tile_um", "licence", "gated", "extra"} <= set(table.columns)
+    assert {"mpp", "tile_um", "licence", "gated", "extra", "cached"} <= set(table.columns)
+    assert table.loc["virchow2", "gated"]
+    assert table.loc["virchow2", "extra"] == "encoders"
+
+
+def test_available_says_what_runs_without_the_network(tmp_path):
+    with hx.settings.override(cache_dir=tmp_path):
+        cached = hx.encoders.available()["cached"]
+    assert cached[["morphology", "rgb", "crops"]].all()
+    assert not cached[["hipt", "h-optimus-1"]].any()
+    assert cached[["timm:<architecture>", "pyramid:<encoder>"]].isna().all()
 
 
 def test_unknown_names_are_answered_by_near_ones():
     with pytest.raises(DataValueError, match="did you mean 'morphology'"):
         hx.encoders.create("morfology")
+    with pytest.raises(DataValueError, match="did you mean 'virchow2' or 'virchow'"):
+        hx.encoders.create("Virchow-2")
     with pytest.raises(DataValueError, match="there are"):
         hx.encoders.create("xyzzy")
     with pytest.raises(DataValueError, match="timm:<architecture>"):
@@ -74,6 +87,6 @@ def test_size_is_given_once(mean):
 
 
 def test_the_registry_needs_no_torch():
-    code = "import sys, hespotex.encoders as e; e.available(); print({'torch', 'timm', 'open_clip'} & set(sys.modules))"
+    code = "import sys, hespotex.encoders as e; e.available(); print({'torch', 'timm', 'open_clip', 'transformers', 'lazyslide_models'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

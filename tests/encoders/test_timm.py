@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 import hespotex as hx
-from hespotex.errors import CheckpointError, DataValueError, MissingWeightsError, ModelMismatchError
+from hespotex.encoders import _licence
+from hespotex.errors import CheckpointError, DataValueError, HespotexWarning, MissingWeightsError, ModelMismatchError
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -106,19 +109,99 @@ def test_weights_that_cannot_be_used(tmp_path, weights):
         make(weights, pad_type="same")
 
 
-@pytest.mark.data
-@pytest.mark.parametrize(("name", "width"), [("mobilenetv1_100", 1024), ("mobilenetv2_100", 1280)])
-def test_the_two_variants_of_a_real_network_agree(data_dir, name, width):
-    """The file with turned kernels gives the features of the original on the tile turned by 180°."""
-    folder = data_dir / "encoders_timm"
-    options = {"mean": 128 / 255, "std": 128 / 255}
-    same = hx.encoders.create(
-        f"timm:{name}", weights=folder / f"{name}_padsame.safetensors", pad_type="same", **options
-    )
-    turned = hx.encoders.create(f"timm:{name}", weights=folder / f"{name}_rot180.safetensors", **options)
-    tiles = np.random.default_rng(0).integers(0, 255, (2, 28, 28, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-    a, b = same.encode(tiles, "cpu"), turned.encode(tiles[:, ::-1, ::-1], "cpu")
-    assert a.shape == (2, width)
-    assert a.min() >= 0
-    assert a.max() <= 6
-    np.testing.assert_allclose(a, b, atol=1e-3)
+VIT = {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 1, "num_classes": 3, "global_pool": ""}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small transformer as timm publishes it: configuration and weights, with a classifier."""
+    folder = tmp_path_factory.mktemp("published")
+    config = {**VIT, "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    safetensors.save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def wide():
+    return np.random.default_rng(0).integers(0, 255, (2, 224, 224, 3), dtype=np.uint8)
+
+
+def tokens_of(folder, tiles):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).eval()
+    model.load_state_dict(safetensors.load_file(folder / "model.safetensors"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    with torch.no_grad():
+        return model.forward_features((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std).numpy()
+
+
+def test_a_folder_as_timm_publishes_it_says_how_it_is_to_be_used(folder, wide):
+    encoder = hx.encoders.create(f"timm:{folder}")
+    assert encoder.name == "timm:vit_tiny_patch16_224"
+    tokens = tokens_of(folder, wide)
+    np.testing.assert_allclose(encoder.encode(wide, "cpu"), tokens[:, 0], atol=1e-4)
+    np.testing.assert_allclose(encoder.encode_patches(wide, "cpu").reshape(2, 196, -1), tokens[:, 1:], atol=1e-4)
+    params = json.loads(json.dumps(encoder.params()))
+    assert str(folder) not in str(params)
+    assert params["model_args"] == {"depth": 1}
+    again = hx.encoders.create(**params)
+    assert again.params() == encoder.params()
+    by_file = hx.encoders.create(f"timm:{folder / 'model.safetensors'}", pooling="class+mean")
+    expected = np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+    np.testing.assert_allclose(by_file.encode(wide, "cpu"), expected, atol=1e-4)
+    assert hx.encoders.create(**by_file.params()).n_features == 384
+
+
+def test_a_model_of_the_hub_is_taken_from_its_cache(folder, wide, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(_licence, "_SHOWN", set())
+    with pytest.raises(MissingWeightsError, match="huggingface.co/me/mine"):
+        hx.encoders.create("timm:hf-hub:me/mine")
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / "main-commit"
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("main-commit")
+    with pytest.warns(HespotexWarning, match="timm:hf-hub:me/mine: .*https://huggingface.co/me/mine"):
+        encoder = hx.encoders.create("timm:hf-hub:me/mine")
+    assert encoder.params()["weights_name"] == "hf-hub:me/mine"
+    np.testing.assert_allclose(encoder.encode(wide, "cpu"), tokens_of(folder, wide)[:, 0], atol=1e-4)
+    assert hx.encoders.create(**encoder.params()).params() == encoder.params()
+
+
+def test_timm_s_own_weights_are_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(_licence, "_SHOWN", set())
+    with pytest.raises(MissingWeightsError, match="huggingface.co/timm/resnet10t.c3_in1k"):
+        hx.encoders.create("timm:resnet10t", weights="pretrained")
+    with pytest.raises(MissingWeightsError, match="names no weights"):
+        hx.encoders.create("timm:vit_small_patch16_18x2_224", weights="pretrained")
+
+
+def test_arguments_of_the_architecture(folder, weights, wide):
+    path = folder / "model.safetensors"
+    encoder = hx.encoders.create("timm:vit_tiny_patch16_224", weights=path, model_args={"depth": 1})
+    assert encoder.params()["model_args"] == {"depth": 1}
+    with pytest.raises(CheckpointError, match="Missing key"):
+        hx.encoders.create("timm:vit_tiny_patch16_224", weights=path)
+    with pytest.raises(DataValueError, match="does not take all of"):
+        make(weights, model_args={"fins": 3})
+    with pytest.raises(DataValueError, match="mlp_layer='Glue'"):
+        hx.encoders.create("timm:vit_tiny_patch16_224", weights=path, model_args={"mlp_layer": "Glue"})
+    with pytest.raises(DataValueError, match="no vision transformer with a class token"):
+        make(weights, pooling="mean")
+
+
+def test_folders_that_say_nothing(tmp_path, weights):
+    with pytest.raises(MissingWeightsError, match=r"weights=.*tiny\.safetensors"):
+        hx.encoders.create(f"timm:{weights}")
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(CheckpointError, match="no configuration of a timm model"):
+        hx.encoders.create(f"timm:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t"}')
+    with pytest.raises(MissingWeightsError, match="holds none of"):
+        hx.encoders.create(f"timm:{tmp_path}")

@@ -260,7 +260,7 @@ def test_arguments(plain_section):
         hx.pp.embed(sdata, Thumbnail(), tile_um=20)
     with pytest.raises(DataValueError, match="batch_size=0"):
         hx.pp.embed(sdata, Thumbnail(), batch_size=0)
-    with pytest.raises(DataTypeError, match="name or an Encoder"):
+    with pytest.raises(DataTypeError, match="a name, an Encoder, a torch.nn.Module or a function"):
         hx.pp.embed(sdata, 3)
     with pytest.raises(DataTypeError, match="SpatialData"):
         hx.pp.embed(sdata["table"], Thumbnail())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hespotex.data import partial
 from hespotex.data.geometry import resolve_slide
 from hespotex.encoders import EncoderInfo, TileEncoder, _base, create, dense, morphology
 from hespotex.errors import DataTypeError, HespotexWarning
+from hespotex.pp import _embed
 
 
 class Means(TileEncoder):
@@ -173,6 +176,22 @@ def test_a_cluster_gives_the_same(section, cluster, name, tmp_path):
         np.testing.assert_allclose(remote, local, rtol=1e-5, atol=1e-5)
     else:
         np.testing.assert_array_equal(remote, local)
+
+
+def test_an_encoder_with_a_weights_file_travels_without_its_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    network = timm.create_model("resnet10t", pretrained=False, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    encoder = create("timm:resnet10t", weights=tmp_path / "w.safetensors", tile_px=32)
+    packed = pickle.dumps(_embed._Travelling(encoder))
+    assert len(packed) < 10_000
+    other = pickle.loads(packed).encoder
+    assert other.params() == encoder.params()
+    tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(other.encode(tiles, "cpu"), encoder.encode(tiles, "cpu"))
+    assert pickle.loads(pickle.dumps(_embed._Travelling(Means()))).encoder.params() == Means().params()
 
 
 def test_interrupted_runs_are_not_embedded_twice(textured, monkeypatch, tmp_path):

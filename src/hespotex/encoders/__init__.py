@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from ._base import Encoder, EncoderInfo, PatchEncoder, TileEncoder
-from ._registry import available, create, register
+from ._registry import as_encoder, available, create, register
+from ._resolution import check_resolution
+from .module import from_module
 
-__all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder", "available", "create", "register"]
+__all__ = [
+    "Encoder",
+    "EncoderInfo",
+    "PatchEncoder",
+    "TileEncoder",
+    "as_encoder",
+    "available",
+    "check_resolution",
+    "create",
+    "from_module",
+    "register",
+]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataTypeError, DataValueError
-from ._base import Encoder
+from ..errors import DataTypeError, DataValueError, ModelMismatchError
+from ._base import Encoder, EncoderInfo, TileEncoder
+from ._names import near
+from ._published import PUBLISHED
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["available", "create", "get", "register"]
+__all__ = ["as_encoder", "available", "create", "get", "is_known", "register", "remember"]
 
 # Module and class of each built-in encoder; a module imports what it needs when an encoder is made.
 _BUILTIN = {
@@ -21,6 +23,7 @@ _BUILTIN = {
     "quiltnet": ("hespotex.encoders.open_clip", "QuiltNet"),
     "open_clip": ("hespotex.encoders.open_clip", "OpenClipEncoder"),
     "timm": ("hespotex.encoders.timm", "TimmEncoder"),
+    "lazyslide": ("hespotex.encoders.lazyslide", "LazySlideEncoder"),
     "hipt": ("hespotex.encoders.hipt", "HIPT"),
     "rgb": ("hespotex.encoders.rgb", "MeanColour"),
     "crops": ("hespotex.encoders.crops", "Crops"),
@@ -28,6 +31,7 @@ _BUILTIN = {
     "pyramid": ("hespotex.encoders.pyramid", "Pyramid"),
 }
 _REGISTERED: dict[str, type[Encoder]] = {}
+_OWN: dict[str, TileEncoder] = {}  # made by the user of a module or function in this session
 
 
 def register(encoder: type[Encoder]) -> type[Encoder]:
@@ -36,12 +40,22 @@ def register(encoder: type[Encoder]) -> type[Encoder]:
     return encoder
 
 
+def remember(encoder: TileEncoder) -> None:
+    """Let :func:`create` find an encoder that is no class of its own; a later one of its name takes its place."""
+    _OWN[encoder.name] = encoder
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` belongs to an encoder that is not the user's own."""
+    return name.partition(":")[0] in {*_BUILTIN, *PUBLISHED, *_REGISTERED, *_plugins()}
+
+
 def _plugins() -> dict[str, Any]:
     return {point.name: point for point in entry_points(group="hespotex.encoders")}
 
 
 def _known() -> list[str]:
-    return sorted({*_BUILTIN, *_REGISTERED, *_plugins()})
+    return sorted({*_BUILTIN, *PUBLISHED, *_REGISTERED, *_plugins(), *_OWN})
 
 
 def get(name: str) -> type[Encoder]:
@@ -53,21 +67,34 @@ def get(name: str) -> type[Encoder]:
         If there is none; the nearest names are suggested.
     """
     family, _, architecture = str(name).partition(":")
-    if family not in _REGISTERED:
-        if family in _BUILTIN:
-            module, attribute = _BUILTIN[family]
-            _REGISTERED[family] = getattr(import_module(module), attribute)
-        elif family in (plugins := _plugins()):
-            _REGISTERED[family] = plugins[family].load()
-        else:
-            near = difflib.get_close_matches(family, _known())
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataValueError(f"encoder={name!r} is unknown; {hint}there are {', '.join(map(repr, _known()))}")
-    encoder = _REGISTERED[family]
+    encoder = _found(family, name)
     if encoder.info.is_family != bool(architecture):
         form = f"{family}:<{encoder.info.argument}>" if encoder.info.is_family else family
         raise DataValueError(f"encoder={name!r} must be written {form!r}")
     return encoder
+
+
+def _found(family: str, name: str) -> type[Encoder]:
+    """The class of an encoder or family, imported on first use; `name` is what was asked for."""
+    if family in _REGISTERED:
+        return _REGISTERED[family]
+    if family in _BUILTIN:
+        module, attribute = _BUILTIN[family]
+        kind = getattr(import_module(module), attribute)
+    elif family in PUBLISHED:
+        from .pretrained import encoder_class
+
+        kind = encoder_class(family)
+    elif family in (plugins := _plugins()):
+        kind = plugins[family].load()
+    else:
+        like = near(family, _known(), n=3)
+        hint = f"did you mean {' or '.join(map(repr, like))}? " if like else ""
+        raise DataValueError(
+            f"encoder={name!r} is unknown; {hint}there are {', '.join(map(repr, _known()))}. An encoder of your own must be "
+            f"made in this session first: hx.encoders.from_module(module, name={name!r})"
+        )
+    return _REGISTERED.setdefault(family, kind)
 
 
 def create(name: str, **params: Any) -> Encoder:
@@ -77,7 +104,8 @@ def create(name: str, **params: Any) -> Encoder:
     ----------
     name
         Name in the registry; for families with what follows the colon: ``"timm:<architecture>"``,
-        ``"open_clip:<architecture>"``, ``"dense:<encoder>"``, ``"pyramid:<encoder>"``.
+        ``"timm:hf-hub:<owner>/<model>"``, ``"open_clip:<architecture>"``, ``"lazyslide:<model>"``, ``"dense:<encoder>"``,
+        ``"pyramid:<encoder>"``.
     params
         Options of the encoder; ``create(**encoder.params())`` makes an equal one, given ``weights=`` if
         it has any that are not found by themselves.
@@ -89,6 +117,8 @@ def create(name: str, **params: Any) -> Encoder:
     DataTypeError
         If an option is unknown.
     """
+    if name in _OWN:
+        return _own(_OWN[name], params)
     kind = get(name)
     architecture = name.partition(":")[2]
     if architecture:
@@ -101,8 +131,77 @@ def create(name: str, **params: Any) -> Encoder:
         raise
 
 
-def available() -> pd.DataFrame:
-    """Table of all encoders: width, resolution, tile size, licence, whether gated, and what to install.
+def _own(encoder: TileEncoder, params: dict[str, Any]) -> Encoder:
+    """An encoder of the user's own again, for tiles of another size if asked."""
+    known = encoder.params()
+    sizes = {key: params.pop(key, None) for key in ("tile_um", "mpp")}
+    if unknown := sorted(params.keys() - known.keys()):
+        raise DataTypeError(f"encoder {encoder.name!r}: unexpected options {unknown}; it is made already")
+    if differing := [key for key, value in params.items() if known[key] != value]:
+        key = differing[0]
+        raise ModelMismatchError(
+            f"encoder {encoder.name!r} of this session has {key}={known[key]!r}, and not {params[key]!r}: its "
+            f"features cannot be mixed with those of the other; make that one again, or give this one a name of its own"
+        )
+    if sizes["tile_um"] in (None, encoder.tile_um) and sizes["mpp"] in (None, encoder.mpp):
+        return encoder
+    other = copy.copy(encoder)
+    other.set_size(**sizes, default_um=encoder.tile_um)
+    return other
+
+
+def as_encoder(encoder: str | Encoder | Any, **options: Any) -> Encoder:
+    """The encoder that is meant: made by name, of a torch module or a function, or as it is.
+
+    Parameters
+    ----------
+    encoder
+        A name (:func:`create`), a ``torch.nn.Module`` or a function of tiles (:func:`from_module`), or an encoder.
+    options
+        For making it.
+
+    Raises
+    ------
+    DataTypeError
+        If it is none of these.
+    DataValueError
+        If options are given for an encoder that is made already.
+    """
+    if isinstance(encoder, str):
+        return create(encoder, **options)
+    if isinstance(encoder, Encoder):
+        if options:
+            raise DataValueError(
+                f"{sorted(options)} are options for making an encoder; {encoder.name!r} is made already"
+            )
+        return encoder
+    if isinstance(encoder, type) or not callable(encoder):
+        raise DataTypeError(
+            f"encoder must be a name, an Encoder, a torch.nn.Module or a function, got {type(encoder).__name__}"
+        )
+    from .module import from_module
+
+    return from_module(encoder, **options)
+
+
+def available(family: str | None = None) -> pd.DataFrame:
+    """Table of all encoders: width, resolution, tile size, licence, whether gated and cached, and what to install.
+
+    Parameters
+    ----------
+    family
+        ``"lazyslide"`` for the models of that family, one by one, which loads the package. By default each family is
+        one row.
+
+    Returns
+    -------
+    One row for each encoder, with its name as index. ``cached``: whether it runs without the network, because its weights
+    lie in the hub's cache, were given as a file before, or are not needed; missing where that depends on what is asked for.
+
+    Raises
+    ------
+    DataValueError
+        If the models of `family` are not listed anywhere.
 
     Examples
     --------
@@ -112,8 +211,14 @@ def available() -> pd.DataFrame:
     """
     import pandas as pd
 
-    names = _known()
-    infos = [(_REGISTERED.get(name) or _class(name)).info for name in names]
+    if family == "lazyslide":
+        from .lazyslide import infos
+
+        listed: list[tuple[EncoderInfo, bool | None]] = list(infos())
+    elif family is None:
+        listed = [(info, _is_cached(info)) for info in map(_info, _known())]
+    else:
+        raise DataValueError(f"family={family!r}: only 'lazyslide' lists its models; those of timm: timm.list_models()")
     rows = [
         {
             "n_features": info.n_features,
@@ -122,17 +227,27 @@ def available() -> pd.DataFrame:
             "licence": info.licence,
             "gated": info.gated,
             "extra": info.extra,
+            "cached": cached,
             "summary": info.summary,
         }
-        for info in infos
+        for info, cached in listed
     ]
-    labels = [f"{info.name}:<{info.argument}>" if info.is_family else info.name for info in infos]
+    labels = [f"{info.name}:<{info.argument}>" if info.is_family else info.name for info, _ in listed]
     table = pd.DataFrame(rows, index=pd.Index(labels, name="encoder"))
-    return table.astype({"n_features": "Int64"})
+    return table.astype({"n_features": "Int64", "cached": "boolean"})
 
 
-def _class(name: str) -> type[Encoder]:
-    if name in _BUILTIN:
-        module, attribute = _BUILTIN[name]
-        return getattr(import_module(module), attribute)
-    return _plugins()[name].load()
+def _info(name: str) -> EncoderInfo:
+    if name in _OWN:
+        return _OWN[name].info
+    if name in PUBLISHED:
+        return PUBLISHED[name].info
+    return _found(name, name).info
+
+
+def _is_cached(info: EncoderInfo) -> bool | None:
+    from ._hub import is_cached
+
+    if info.is_family:
+        return None
+    return not info.needs_weights or is_cached(info.name, info.hub_id, info.hub_files)

@@ -85,7 +85,8 @@ class TileNetwork:
             self._network = self._network.to(target)
             self._device, self._at_most = target, None
         step = min(self._at_most or len(tiles), max(len(tiles), 1))
-        parts, start = [], 0
+        parts: list[np.ndarray] = []
+        start = 0
         with torch.inference_mode():
             while start < len(tiles) or not parts:
                 try:
@@ -120,6 +121,11 @@ class TileNetwork:
         self.__dict__.update(state, _compiled=None)
         if state["_compiled"]:
             self.compile()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called, and torch could."""
+        return self._compiled is not None
 
     def compile(self) -> None:
         """Have torch compile the network at the next batch, for its size; it pays after some thousand tiles.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from .._keys import sanitize
 from .._logging import logger
 from .._settings import settings
 from ..errors import CheckpointError, MissingWeightsError, ModelMismatchError
@@ -17,7 +20,12 @@ from ..errors import CheckpointError, MissingWeightsError, ModelMismatchError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["identify", "load_into", "read_state_dict", "recall"]
+__all__ = ["identify", "known_as", "load_into", "read_state_dict", "recall", "remember_as"]
+
+# What a pickle is read by is a stack machine that the file drives: a damaged one makes it pop from an empty stack, look
+# up what is not there, or call with the wrong arguments. Nothing of ours runs where these are caught.
+_STACK_MACHINE = (LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
+_SHOWN_MISFITS = 3
 
 
 def identify(path: str | Path, *, expected: str | None = None) -> tuple[Path, str]:
@@ -75,35 +83,66 @@ def read_state_dict(path: Path, wrappers: Sequence[str] = ("state_dict", "model"
         If the file is damaged, or holds more than tensors.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    try:
-        state: Any
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"weights {path.name!r} are damaged or hold more than tensors, and hespotex runs no code of a file: {error}"
-        ) from error
-    # The last four: a damaged pickle may end in almost anything.
-    except (
-        *(SafetensorError, RuntimeError, EOFError, OSError, ValueError),
-        *(LookupError, TypeError, AttributeError, struct.error),
-    ) as error:
-        raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
+    state = _read_safetensors(path) if _is_safetensors(path) else _read_checkpoint(path)
     for wrapper in wrappers:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"weights {path.name!r} do not hold a mapping of names to tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
-def load_into(module: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one by its name or its first bytes; the hub's cache holds files whose name is a hash.
+
+    Such a file begins with the length of a header, eight bytes, and the header with a brace.
+    """
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as stream:
+        return stream.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
+
+
+def _read_checkpoint(path: Path) -> Any:
+    import torch
+
+    is_archive = zipfile.is_zipfile(path)  # as all since PyTorch 1.6; the tensors of one can stay in the file
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"weights {path.name!r} are damaged or hold more than tensors, and hespotex runs no code of a file: {error}"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
+    except _STACK_MACHINE as error:
+        raise CheckpointError(f"weights {path.name!r} are damaged: {type(error).__name__}: {error}") from error
+
+
+def load_into(module: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, *, assign: bool = False) -> None:
     """Load all parameters of `module`, or say what does not fit.
+
+    Parameters
+    ----------
+    module
+        The network.
+    state
+        Its tensors by name.
+    what
+        The network in words.
+    assign
+        Put the tensors in place of the parameters and not into them, which a network on the ``meta`` device needs.
 
     Raises
     ------
@@ -111,13 +150,32 @@ def load_into(module: torch.nn.Module, state: Mapping[str, torch.Tensor], what: 
         If a tensor is missing, left over or of another shape.
     """
     try:
-        module.load_state_dict(dict(state), strict=True)
+        module.load_state_dict(dict(state), strict=True, assign=assign)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise CheckpointError(
-            f"the weights do not fit {what}: {' '.join(line.strip() for line in lines[1:4])}"
-            f"{' …' if len(lines) > 4 else ''}"
-        ) from error
+        lines = str(error).splitlines()[1:]
+        shown = " ".join(_short(line.strip()) for line in lines[:_SHOWN_MISFITS])
+        more = " …" if len(lines) > _SHOWN_MISFITS else ""
+        raise CheckpointError(f"the weights do not fit {what}: {shown}{more}") from error
+
+
+def _short(line: str, longest: int = 300) -> str:
+    """A line of the message; that of missing tensors names hundreds in one."""
+    return line if len(line) <= longest else line[: longest - 1].rstrip(' ",') + " …"
+
+
+def remember_as(name: str, path: Path) -> None:
+    """Remember that `path` was given as the weights of encoder `name`, which finds it without being told again."""
+    _put_link(_named(name), path)
+
+
+def known_as(name: str) -> Path | None:
+    """The file last given as the weights of encoder `name` on this machine, if it is still there."""
+    link = _named(name)
+    return link.resolve() if link.is_file() else None
+
+
+def _named(name: str) -> Path:
+    return settings.cache_dir / "weights" / "by_name" / sanitize(name)
 
 
 def _link(sha256: str) -> Path:
@@ -126,10 +184,16 @@ def _link(sha256: str) -> Path:
 
 def _remember(path: Path, sha256: str) -> None:
     link = _link(sha256)
+    if not link.is_file():
+        _put_link(link, path)
+
+
+def _put_link(link: Path, path: Path) -> None:
+    beside = link.with_name(f"{link.name}.{os.getpid()}")
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_file():
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.resolve())
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(path.resolve())
+        beside.replace(link)  # at once: another process may look it up
     except OSError as error:  # a convenience only: the file system may have no links, or be read-only
         logger.debug("weights %s are not remembered: %s", path.name, error)

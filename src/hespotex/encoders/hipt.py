@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataValueError, HespotexWarning, MissingWeightsError
+from ..errors import DataValueError, MissingWeightsError
 from ._base import Encoder, EncoderInfo
+from ._licence import show_licence
 from ._torch import DTYPES
 from ._weights import identify, load_into, read_state_dict, recall
 
@@ -218,11 +218,11 @@ class HIPT(Encoder):
         n_features=REGIONAL + LOCAL + 3,
         mpp=0.5,
         tile_um=8.0,
-        licence="weights of HIPT (Mahmood lab): GPL-3.0, non-commercial academic purposes only",
+        licence="GPL-3.0 (Mahmood lab), non-commercial academic purposes only",
+        needs_weights=True,
     )
     name = "hipt"
     n_features = REGIONAL + LOCAL + 3
-    _licence_shown = False
 
     def __init__(
         self,
@@ -260,9 +260,7 @@ class HIPT(Encoder):
         expected = dict(weights_sha256 or {})
         paths = _find(weights, expected)
         found = {name: identify(paths[name], expected=expected.get(name)) for name in _NAMES}
-        if not HIPT._licence_shown:
-            HIPT._licence_shown = True
-            warnings.warn(f"hipt: {self.info.licence}", HespotexWarning, stacklevel=2)
+        show_licence(self.name, self.info.licence)
         self._sha256 = {name: sha256 for name, (_, sha256) in found.items()}
         self._weights_name = weights_name or ", ".join(path.name for path, _ in found.values())
         self._networks = load_networks({name: path for name, (path, _) in found.items()}, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._optional import optional_import
-from ..errors import DataValueError, HespotexWarning, MissingWeightsError
+from ..errors import DataValueError
 from ._base import EncoderInfo, PatchEncoder
+from ._hub import HUB, find_weights
+from ._licence import show_licence
+from ._names import near
 from ._torch import TileNetwork
-from ._weights import identify, load_into, read_state_dict, recall
+from ._weights import load_into, read_state_dict
 
 if TYPE_CHECKING:
     from ..data.geometry import Slide
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["OpenClipEncoder", "QuiltNet"]
 
 _TOWER = "visual."
-_HUB = "hf-hub:"
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # preferred first: it can hold no code
+_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # preferred first: it can hold no code
 
 
 class OpenClipEncoder(PatchEncoder):
@@ -33,8 +34,9 @@ class OpenClipEncoder(PatchEncoder):
     architecture
         Name in open_clip, such as ``"ViT-B-32"``.
     weights
-        Weights file (safetensors or a PyTorch checkpoint) of the whole model, or ``"hf-hub:<owner>/<model>"``,
-        which downloads it. It may be left out if this machine has seen a file with `weights_sha256` before.
+        Weights file (safetensors or a PyTorch checkpoint) of the whole model, the folder it lies in, or
+        ``"hf-hub:<owner>/<model>"``, which downloads it unless the hub's cache holds it. It may be left out if this
+        machine has seen a file with `weights_sha256` before.
     revision
         Commit of the hub's model to take.
     tile_um, mpp
@@ -77,6 +79,7 @@ class OpenClipEncoder(PatchEncoder):
         is_family=True,
     )
     default_um: float | None = None
+    _network: TileNetwork
 
     def __init__(
         self,
@@ -99,21 +102,30 @@ class OpenClipEncoder(PatchEncoder):
         self.name = f"open_clip:{architecture}" if self.info.is_family else self.info.name
         self.architecture = architecture
         if architecture not in open_clip.list_models():
-            near = [name for name in open_clip.list_models() if architecture.lower() in name.lower()][:5]
+            like = near(architecture, open_clip.list_models())
             raise DataValueError(
-                f"open_clip has no architecture {architecture!r}" + (f"; near: {near}" if near else "")
+                f"open_clip has no architecture {architecture!r}" + (f"; near: {like}" if like else "")
             )
         if patch not in ("tile", "published"):
             raise DataValueError(f"patch={patch!r} is unknown; possible: 'tile', 'published'")
-        path = self._find(weights, revision, weights_name, weights_sha256)
-        path, self._sha256 = identify(path, expected=weights_sha256)
-        hub = isinstance(weights, str) and weights.startswith(_HUB)
-        self._weights_name = weights_name or (str(weights) if hub else path.name)
+        self._weights = find_weights(
+            self.name,
+            weights,
+            files=_FILES,
+            hub_id=self.info.hub_id,
+            revision=revision,
+            name=weights_name,
+            sha256=weights_sha256,
+        )
+        if self.info.hub_id:
+            show_licence(self.name, self.info.licence, stacklevel=4)
+        elif isinstance(weights, str) and weights.startswith(HUB):
+            show_licence(weights, f"see https://huggingface.co/{weights.removeprefix(HUB)}")
         self._quick_gelu, self._raw_pixels, self._normalize = quick_gelu, raw_pixels, normalize
         self._dtype, self._patch = dtype, patch
 
         tower = open_clip.create_model(architecture, pretrained=None, force_quick_gelu=quick_gelu).visual
-        state = read_state_dict(path)
+        state = read_state_dict(self._weights.path)
         own = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
         load_into(tower, own, f"the image tower of {architecture!r}")
 
@@ -134,8 +146,8 @@ class OpenClipEncoder(PatchEncoder):
             "patch": self._patch,
             "normalize": self._normalize,
             "dtype": self._dtype,
-            "weights_name": self._weights_name,
-            "weights_sha256": self._sha256,
+            "weights_name": self._weights.name,
+            "weights_sha256": self._weights.sha256,
         }
 
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
@@ -181,20 +193,6 @@ class OpenClipEncoder(PatchEncoder):
         size: dict[str, Any] = {"diameter_um": self.tile_um, "side": self.tile_px}
         return iter_patches(slide, centres, **size, batch_size=batch_size, progress_bar=progress_bar)
 
-    def _find(
-        self, weights: str | Path | None, revision: str | None, name: str | None, sha256: str | None
-    ) -> str | Path:
-        if weights is None and sha256 is not None:
-            weights = recall(sha256)
-        if weights is None:
-            which = f" {name!r} with SHA-256 {sha256}" if sha256 else ""
-            raise MissingWeightsError(
-                f"encoder {self.name!r} needs its weights{which}; pass weights='<file>' or weights='hf-hub:<owner>/<model>'"
-            )
-        if isinstance(weights, str) and weights.startswith(_HUB):
-            return _download(weights.removeprefix(_HUB), revision, self.name)
-        return weights
-
 
 class QuiltNet(OpenClipEncoder):
     """QuiltNet-B-32, the frozen encoder of HESpotEx: 512 features of unit length.
@@ -206,8 +204,8 @@ class QuiltNet(OpenClipEncoder):
     Parameters
     ----------
     weights
-        Weights file of the whole model; by default it is taken from where it was used before, else downloaded from
-        ``hf-hub:wisdomik/QuiltNet-B-32`` (0.6 GB).
+        Weights file of the whole model; by default that in the hub's cache, else the file that was given before on this
+        machine, else it is downloaded from ``hf-hub:wisdomik/QuiltNet-B-32`` (0.6 GB).
     options
         As for ``open_clip:<architecture>``; a tile is 100 µm wide by default, one spot of a legacy array.
     """
@@ -218,44 +216,16 @@ class QuiltNet(OpenClipEncoder):
         n_features=512,
         mpp=round(100 / 224, 3),
         tile_um=100.0,
-        licence="see the model card of wisdomik/QuiltNet-B-32 (trained on Quilt-1M: research use)",
+        licence="MIT; trained on Quilt-1M, which is for research; see https://huggingface.co/wisdomik/QuiltNet-B-32",
         extra="encoders",
+        hub_id="wisdomik/QuiltNet-B-32",
+        hub_files=_FILES,
+        needs_weights=True,
     )
     default_um = 100.0
-    hub_id = f"{_HUB}wisdomik/QuiltNet-B-32"
-    _licence_shown = False
 
     def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
-        if not QuiltNet._licence_shown:
-            QuiltNet._licence_shown = True
-            warnings.warn(f"quiltnet: {self.info.licence}", HespotexWarning, stacklevel=2)
-        sha256 = options.get("weights_sha256")
-        if weights is None and (sha256 is None or recall(sha256) is None):
-            weights = self.hub_id
         super().__init__("ViT-B-32", weights, **options)
-
-
-def _download(hub_id: str, revision: str | None, encoder: str) -> Path:
-    hub = optional_import("huggingface_hub", feature=f"downloading the encoder {encoder!r}", extra="encoders")
-    errors = optional_import("huggingface_hub.errors", feature=f"downloading the encoder {encoder!r}", extra="encoders")
-    for filename in _HUB_FILES:
-        try:
-            return Path(hub.hf_hub_download(hub_id, filename, revision=revision))
-        except errors.EntryNotFoundError as error:
-            if isinstance(error, errors.LocalEntryNotFoundError):
-                raise _unavailable(hub_id, encoder, error) from error
-        except (errors.HfHubHTTPError, OSError, ValueError) as error:
-            raise _unavailable(hub_id, encoder, error) from error
-    raise MissingWeightsError(f"encoder {encoder!r}: {hub_id} on the hub holds none of {list(_HUB_FILES)}")
-
-
-def _unavailable(hub_id: str, encoder: str, error: Exception) -> MissingWeightsError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return MissingWeightsError(
-        f"encoder {encoder!r}: its weights could not be taken from the hub ({reason}). Either go online; if access is "
-        f"restricted, accept the terms at https://huggingface.co/{hub_id} and log in with: hf auth login. Or download "
-        f"{' or '.join(_HUB_FILES)} there by hand and pass the file: weights='<file>'"
-    )
 
 
 def _own(tower: Any, name: str) -> tuple[float, float, float]:

@@ -1,33 +1,43 @@
-"""Any architecture of timm with a weights file."""
+"""Any architecture of timm, with a weights file or a model of the hub."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .._optional import optional_import
-from ..errors import DataValueError, MissingWeightsError
-from ._base import EncoderInfo, PatchEncoder
-from ._torch import TileNetwork
-from ._weights import identify, load_into, read_state_dict, recall
+from ..errors import CheckpointError, DataValueError, MissingWeightsError
+from ._base import EncoderInfo
+from ._hub import HUB, find_weights, hub_file
+from ._layouts import classifier_of, layer
+from ._licence import show_licence
+from ._names import near
+from ._network import NetworkEncoder, triple
+from ._weights import load_into, read_state_dict
 
 __all__ = ["TimmEncoder"]
 
+PRETRAINED = "pretrained"
+_CONFIG = "config.json"
 
-class TimmEncoder(PatchEncoder):
+
+class TimmEncoder(NetworkEncoder):
     """A timm network without its classifier.
 
     Parameters
     ----------
     architecture
-        Name in timm, such as ``"resnet50"``.
+        Name in timm, such as ``"resnet50"``; ``"hf-hub:<owner>/<model>"``, a model of the hub in timm's layout, whose
+        configuration is followed; or the folder of such a model on this machine.
     weights
-        Weights file (safetensors, or a PyTorch state dict). It may be left out if this machine has seen a file with
-        `weights_sha256` before. Nothing is downloaded.
+        Weights file (safetensors, or a PyTorch state dict), the folder it lies in, ``"hf-hub:<owner>/<model>"``, or
+        ``"pretrained"`` for those that timm names for the architecture, from the hub. It may be left out for a model of
+        the hub or a folder, and if this machine has seen a file with `weights_sha256` before.
+    revision
+        Commit, tag or branch of the hub's model to take.
     tile_um, mpp
         Size of a tile in µm, or the resolution it is looked at; 0.5 µm/px by default, the resolution most
         pathology encoders are trained at.
@@ -38,6 +48,11 @@ class TimmEncoder(PatchEncoder):
         must be what the weights were trained with, and a wrong choice raises no error.
     pad_type
         Padding of convolutions where the architecture has a choice; ``"same"`` for weights from TensorFlow.
+    pooling
+        Of vision transformers: ``"class"``, ``"mean"``, ``"class+mean"`` or ``"class+centre"`` (the class token and the mean
+        of the patches in the middle). By default the architecture's own.
+    model_args
+        Further arguments of the architecture, JSON values, such as ``{"init_values": 1e-5}``.
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     weights_name, weights_sha256
@@ -46,22 +61,28 @@ class TimmEncoder(PatchEncoder):
     Raises
     ------
     MissingWeightsError
-        If there are no weights.
+        If there are no weights, or the hub does not give them.
     ModelMismatchError
         If they are not those of `weights_sha256`.
     CheckpointError
         If they are damaged or of another architecture.
     DataValueError
         If timm has no such architecture.
+
+    Warns
+    -----
+    HespotexWarning
+        On first use of a model of the hub, of its licence.
     """
 
     info = EncoderInfo(
         name="timm",
-        summary="any architecture of timm with a weights file",
+        summary="any architecture of timm, with a weights file or a model of the hub",
         mpp=0.5,
         licence="that of the weights",
         extra="encoders",
         is_family=True,
+        needs_weights=True,
     )
 
     def __init__(
@@ -69,52 +90,54 @@ class TimmEncoder(PatchEncoder):
         architecture: str,
         weights: str | Path | None = None,
         *,
+        revision: str | None = None,
         tile_um: float | None = None,
         mpp: float | None = None,
         tile_px: int | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         pad_type: str | None = None,
+        pooling: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
         dtype: str = "float32",
         weights_name: str | None = None,
         weights_sha256: str | None = None,
     ) -> None:
         timm = optional_import("timm", feature="the encoder 'timm'", extra="encoders")
+        from ._pooling import Pooled
 
-        self.name = f"timm:{architecture}"
-        self.architecture = architecture
-        if not timm.is_model(architecture):
-            near = timm.list_models(f"*{architecture}*")[:5]
-            raise DataValueError(f"timm has no architecture {architecture!r}" + (f"; near: {near}" if near else ""))
-        if weights is None and weights_sha256 is not None:
-            weights = recall(weights_sha256)
-        if weights is None:
-            which = f" {weights_name!r} with SHA-256 {weights_sha256}" if weights_sha256 else ""
-            raise MissingWeightsError(
-                f"encoder {self.name!r} needs its weights file{which}; pass it as weights=, for instance "
-                f"hx.pp.embed(sdata, {self.name!r}, weights='model.safetensors')"
+        source = _source(architecture, revision)
+        self.name = f"timm:{source.name}"
+        self.architecture = source.architecture
+        if not timm.is_model(source.architecture):
+            like = near(source.architecture, timm.list_models())
+            raise DataValueError(
+                f"timm has no architecture {source.architecture!r}" + (f"; near: {like}" if like else "")
             )
-        path, self._sha256 = identify(weights, expected=weights_sha256)
-        self._weights_name = weights_name or path.name
+        if weights is None:
+            weights = source.folder
+        hub_id = source.hub_id
+        if weights == PRETRAINED:
+            weights, hub_id = None, _published(timm, source.architecture)
+        self._weights = find_weights(
+            self.name, weights, hub_id=hub_id, revision=revision, name=weights_name, sha256=weights_sha256
+        )
+        if hub_id:
+            show_licence(self.name, f"see https://huggingface.co/{hub_id}")
+        self._model_args = {**source.arguments, **(model_args or {})}
+        model = _create(timm, source.architecture, self._model_args, pad_type)
+        module = Pooled(model, pooling, self.name)
+        left_out = classifier_of(model, model.state_dict())
+        state = {name: value for name, value in read_state_dict(self._weights.path).items() if name not in left_out}
+        load_into(model, state, f"architecture {source.architecture!r} of timm without classifier")
 
-        options = {} if pad_type is None else {"pad_type": pad_type}
-        try:
-            model = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
-        except TypeError as error:
-            raise DataValueError(f"architecture {architecture!r} takes no pad_type ({error})") from error
-        state = {name: value for name, value in read_state_dict(path).items() if name not in _classifier(model)}
-        load_into(model, state, f"architecture {architecture!r} of timm without classifier")
-
-        config = timm.data.resolve_model_data_config(model)
+        config = timm.data.resolve_data_config({}, pretrained_cfg={**model.pretrained_cfg, **source.pretrained})
         self.tile_px = int(config["input_size"][-1] if tile_px is None else tile_px)
         if self.tile_px < 1:
             raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
-        self._mean, self._std = _triple(mean, config["mean"]), _triple(std, config["std"])
-        self._pad_type, self._dtype = pad_type, dtype
-        self.n_features = int(model.num_features)
+        self._pad_type = pad_type
         self.set_size(tile_um, mpp, default_um=0.5 * self.tile_px)
-        self._model = model
-        self._network = TileNetwork(model, self._mean, self._std, dtype)
+        self._set_network(module, triple(mean, config["mean"]), triple(std, config["std"]), dtype)
 
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
@@ -125,50 +148,75 @@ class TimmEncoder(PatchEncoder):
             "mean": list(self._mean),
             "std": list(self._std),
             "pad_type": self._pad_type,
+            **({} if self._pooling is None else {"pooling": self._pooling}),
+            **({"model_args": dict(self._model_args)} if self._model_args else {}),
             "dtype": self._dtype,
-            "weights_name": self._weights_name,
-            "weights_sha256": self._sha256,
+            "weights_name": self._weights.name,
+            "weights_sha256": self._weights.sha256,
         }
 
-    def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
-        """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
-        return self._network(tiles, device)
 
-    def encode_patches(self, tiles: np.ndarray, device: str) -> np.ndarray:
-        """Tokens of a transformer without those of class and registers, or the last map of a convolutional network.
+@dataclass(frozen=True)
+class _Source:
+    """What stands behind the colon."""
 
-        (b, rows, columns, d) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8.
+    name: str  # without the paths of this machine
+    architecture: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    pretrained: dict[str, Any] = field(default_factory=dict)
+    hub_id: str = ""
+    folder: Path | None = None
 
-        Raises
-        ------
-        DataValueError
-            If the network's last features are neither.
-        """
-        features = self._network(tiles, device, forward=self._model.forward_features)
-        if features.ndim == 3:
-            tokens = features[:, getattr(self._model, "num_prefix_tokens", 0) :]
-            side = math.isqrt(tokens.shape[1])
-            if side**2 == tokens.shape[1]:
-                return tokens.reshape(len(tokens), side, side, -1)
-        elif features.ndim == 4:
-            return features if features.shape[-1] == self.n_features else np.moveaxis(features, 1, -1)
-        raise DataValueError(
-            f"encoder {self.name!r} gives features of shape {features.shape[1:]} before pooling, which are no square of "
-            f"patches; take a vision transformer, such as 'timm:vit_small_patch16_224'"
+
+def _source(text: str, revision: str | None) -> _Source:
+    """A name in timm, or the configuration of a model of the hub or in a folder."""
+    if text.startswith(HUB):
+        hub_id = text.removeprefix(HUB)
+        config = _read_config(hub_file(hub_id, (_CONFIG,), revision, f"timm:{text}"))
+        return _Source(text, hub_id=hub_id, **config)
+    place = Path(text).expanduser()
+    folder = place.parent if place.is_file() else place
+    if (place.is_file() or place.is_dir()) and (folder / _CONFIG).is_file():
+        config = _read_config(folder / _CONFIG)
+        return _Source(config["architecture"], folder=place, **config)
+    if place.is_file() or place.is_dir():
+        raise MissingWeightsError(
+            f"{text!r} has no {_CONFIG} beside it that names its architecture; write 'timm:<architecture>' and pass the "
+            f"file: weights={text!r}"
         )
+    return _Source(text, text)
 
 
-def _classifier(model: Any) -> set[str]:
-    """Names of classifier tensors: a file of the whole model may hold them, the model made here does not."""
-    heads = model.pretrained_cfg.get("classifier") or ()
-    names = (heads,) if isinstance(heads, str) else heads
-    own = set(model.state_dict())
-    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")} - own
+def _read_config(path: Path) -> dict[str, Any]:
+    """Architecture, its arguments and the preprocessing, as timm writes them beside a model."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = str(config["architecture"])
+        arguments = dict(config.get("model_args") or {})
+        pretrained = config.get("pretrained_cfg") or config
+        pixels = {key: pretrained[key] for key in ("input_size", "mean", "std") if key in pretrained}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name!r} is no configuration of a timm model: {error!r}") from error
+    # No classifier, and tokens that the network itself pools.
+    arguments.pop("num_classes", None)
+    if arguments.get("global_pool") == "":
+        del arguments["global_pool"]
+    return {"architecture": architecture, "arguments": arguments, "pretrained": pixels}
 
 
-def _triple(value: float | Sequence[float] | None, default: Sequence[float]) -> tuple[float, float, float]:
-    values = np.broadcast_to(np.asarray(default if value is None else value, dtype=np.float64), (3,))
-    if not np.isfinite(values).all():
-        raise DataValueError(f"mean and std must be finite, got {value!r}")
-    first, second, third = values.tolist()
-    return first, second, third
+def _published(timm: Any, architecture: str) -> str:
+    """Where timm's own weights for an architecture lie on the hub."""
+    hub_id = getattr(timm.models.get_pretrained_cfg(architecture), "hf_hub_id", None)
+    if not hub_id:
+        raise MissingWeightsError(f"timm names no weights for {architecture!r}; pass a file: weights='<file>'")
+    return str(hub_id)
+
+
+def _create(timm: Any, architecture: str, arguments: Mapping[str, Any], pad_type: str | None) -> Any:
+    options = {key: layer(key, value) for key, value in arguments.items()}
+    if pad_type is not None:
+        options["pad_type"] = pad_type
+    try:
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise DataValueError(f"architecture {architecture!r} does not take all of {list(options)} ({error})") from error

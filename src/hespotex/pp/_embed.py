@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,12 +26,13 @@ from ..data.tables import (
     table_role,
 )
 from ..data.transaction import restored_on_error
-from ..encoders import Encoder, TileEncoder, create
+from ..encoders import Encoder, TileEncoder, as_encoder, check_resolution, create
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
 from ..image.fingerprint import fingerprint
 from ._free import check_elements_free, check_slot_free
 
 if TYPE_CHECKING:
+    import torch
     from anndata import AnnData
     from distributed import Client
     from spatialdata import SpatialData
@@ -44,7 +45,7 @@ _CELLS_PER_TILE = {"morphology": 2.0, "rgb": 1.0}
 
 def embed(
     sdata: SpatialData,
-    encoder: str | Encoder = "morphology",
+    encoder: str | Encoder | torch.nn.Module | Callable[[np.ndarray], np.ndarray] = "morphology",
     *,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | None = None,
@@ -71,7 +72,8 @@ def embed(
     sdata
         Object with an H&E image of known scale, and spots or tiles.
     encoder
-        Name in the registry (:func:`hespotex.encoders.available`) or an encoder.
+        Name in the registry (:func:`hespotex.encoders.available`), an encoder, or a torch module or function of your own
+        with the options of :func:`hespotex.encoders.from_module`.
     image_key
         Name in ``sdata.images``; may be left out where shapes lie on only one. Where a table annotates several
         regions, each with its own image: ``{shapes: image}``.
@@ -95,7 +97,7 @@ def embed(
         The setting by default.
     client
         A ``dask.distributed.Client``: its workers embed parts of the slide, which they read themselves, so that they need
-        the file under the same path. Features are the same, those of networks to rounding.
+        the slide (and a weights file) under the same path. Features are the same, those of networks to rounding.
     key_added
         Key in ``obsm``; ``"X_<encoder>"`` by default.
     copy
@@ -203,6 +205,8 @@ def embed_places(
     """
     key = Keys.embedding(encoder.name) if key_added is None else key_added
     check_key(key)
+    for place in places:
+        check_resolution(encoder, place.slide)
     identity = _identity(encoder, places, depends_on)
 
     features = _stored(table.adata, key, identity)
@@ -231,17 +235,10 @@ class Place:
     centres: np.ndarray
 
 
-def resolve_encoder(encoder: str | Encoder, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
-    """The encoder that is meant, made if only its name is given."""
+def resolve_encoder(encoder: Any, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
+    """The encoder that is meant, made if only its name, a module or a function is given."""
     sizes = {"mpp": mpp, "tile_um": tile_um}
-    options |= {name: value for name, value in sizes.items() if value is not None}
-    if isinstance(encoder, str):
-        return create(encoder, **options)
-    if not isinstance(encoder, Encoder):
-        raise DataTypeError(f"encoder must be a name or an Encoder, got {type(encoder).__name__}")
-    if options:
-        raise DataValueError(f"{sorted(options)} are options for making an encoder; {encoder.name!r} is made already")
-    return encoder
+    return as_encoder(encoder, **options, **{name: value for name, value in sizes.items() if value is not None})
 
 
 def _resolve_table(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> AnnotatedTable:
@@ -386,15 +383,36 @@ def _on_cluster(
     """What ``encoder.embed_runs`` yields, a run a task."""
     from tqdm.auto import tqdm
 
-    shared = {"encoder": encoder, "slide": place.slide, "how": how}
+    shared = {"travelling": _Travelling(encoder), "slide": place.slide, "how": how}
     tasks = (place.centres[run] for run in runs)
     results = iter_tasks(_embed_run, tasks, shared=shared, client=client)
     bar = tqdm(results, total=len(runs), unit="run", desc="tiles", disable=not progress_bar or len(runs) < 2)
     yield from enumerate(bar)
 
 
-def _embed_run(centres: np.ndarray, encoder: Encoder, slide: Slide, how: dict[str, Any]) -> np.ndarray:
-    ((_, values),) = encoder.embed_runs(slide, centres, [np.arange(len(centres))], **how, progress_bar=False)
+class _Travelling:
+    """An encoder on its way to a worker, where one with a weights file is made anew: gigabytes need not travel."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weights = getattr(self.encoder, "_weights", None)
+        if weights is None or not isinstance(self.encoder, TileEncoder):
+            return _Travelling, (self.encoder,)
+        network = self.encoder._network
+        return _made_there, (self.encoder.params(), str(weights.path), network is not None and network.is_compiled)
+
+
+def _made_there(params: dict[str, Any], weights: str, is_compiled: bool) -> _Travelling:  # noqa: FBT001  pickle calls it so
+    encoder = create(**params, weights=weights)
+    if is_compiled:
+        encoder.compile()
+    return _Travelling(encoder)
+
+
+def _embed_run(centres: np.ndarray, travelling: _Travelling, slide: Slide, how: dict[str, Any]) -> np.ndarray:
+    ((_, values),) = travelling.encoder.embed_runs(slide, centres, [np.arange(len(centres))], **how, progress_bar=False)
     return values
 
 
