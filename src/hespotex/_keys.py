@@ -16,6 +16,8 @@ class Keys:
     """Default keys of the storage contract."""
 
     NAMESPACE: Final = "hespotex"  # uns["hespotex"], sdata.attrs["hespotex"]
+    STAIN: Final = "stain"  # attrs["hespotex"]["stain"]: how images were normalised
+    QC: Final = "qc"  # beginning of columns, and key of the record
     TABLE_ROLE: Final = "table"  # uns["hespotex"]["table"] of a table of our making: what it is for
 
     # coordinate systems
@@ -24,11 +26,16 @@ class Keys:
 
     # elements
     IMAGE: Final = "image"
+    WSI: Final = "wsi"  # the slide of a WSIData, whose pixels are not among its images; wsidata's own name for it
     SPOTS: Final = "spots"
+    BINS: Final = "bins"  # of Visium HD
+    CELLS: Final = "cell_boundaries"  # Xenium's names, which sopa and spatialdata-io keep
+    XENIUM_NUCLEI: Final = "nucleus_boundaries"
     TABLE: Final = "table"
     TISSUE: Final = "tissue"
     TISSUE_MASK_SUFFIX: Final = "_tissue"  # squidpy: labels["<image>_tissue"]
     TISSUE_LAZYSLIDE: Final = "tissues"
+    NORMALIZED_SUFFIX: Final = "_normalized"  # squidpy: images["<image>_normalized"]
     TILES: Final = "tiles"
     SUPERPIXELS: Final = "superpixels"
     DENSE_SPOTS: Final = "dense_spots"
@@ -47,6 +54,8 @@ class Keys:
     SIZE_UM: Final = "size_um"
     POSITION_ID: Final = "position_id"  # of a measured or unmeasured spot of a denser lattice
     NUCLEUS_ID: Final = "nucleus_id"
+    LABEL: Final = "label"  # of a nucleus in the label image, where its id is no number
+    CLASSIFICATION: Final = "classification"  # of a nucleus, by who outlined it
     ARRAY_ROW: Final = "array_row"
     ARRAY_COL: Final = "array_col"
     PATIENT: Final = "patient"

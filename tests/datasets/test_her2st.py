@@ -36,7 +36,7 @@ def test_c3_reports_rows_without_counts(her2st_dir: Path, monkeypatch: pytest.Mo
 
 
 def test_checksums_are_those_of_the_local_files(her2st_dir: Path) -> None:
-    from hespotex.io._pyramid import sha256
+    from hespotex.image.files._cache import sha256
 
     for section, files in _her2st._FILES.items():
         local = _her2st._local(section, her2st_dir)

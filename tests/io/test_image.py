@@ -12,8 +12,8 @@ from spatialdata.transformations import get_transformation
 
 import hespotex as hx
 from hespotex.errors import DataTypeError, DataValueError, HespotexWarning, ImageFormatError, ScaleError
+from hespotex.image.files._cache import halve
 from hespotex.io._image import isotropic, open_picture
-from hespotex.io._pyramid import halve
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_image_is_lazy_and_a_crop_reads_few_chunks(tmp_path: Path, monkeypatch: 
     path = tmp_path / "tiled.tif"
     tifffile.imwrite(path, noise(3000, 3000), photometric="rgb", tile=(512, 512))
     sdata = hx.io.read_image(path, mpp=0.5)
-    from hespotex.io._tiff import TiffLevel
+    from hespotex.image.files._tiff import TiffLevel
 
     read = []
     original = TiffLevel.__getitem__
@@ -108,7 +108,7 @@ def test_jpeg_is_decoded_once(tmp_path: Path, own_cache: Path, monkeypatch: pyte
     Image.fromarray(noise(1500, 900)).save(path, quality=95, dpi=(72, 72))
     first = top(hx.io.read_image(path, mpp=1.0))
     assert np.array_equal(first, np.asarray(Image.open(path)))
-    monkeypatch.setattr("hespotex.io._image._decode_jpeg", None)
+    monkeypatch.setattr("hespotex.image.files._picture.decode_jpeg", None)
     path.rename(tmp_path / "other.jpg")  # the content names the cache, not the path
     assert np.array_equal(top(hx.io.read_image(tmp_path / "other.jpg", mpp=1.0)), first)
     assert [folder.name[-4:] for folder in (own_cache / "images").iterdir()] != [".tmp"]
@@ -132,7 +132,7 @@ def test_a_cache_deleted_while_in_use_is_an_error_and_not_black(tmp_path: Path, 
 
 
 def test_pyramids_of_an_older_layout_are_not_used(tmp_path: Path, own_cache: Path) -> None:
-    from hespotex.io._pyramid import sha256
+    from hespotex.image.files._cache import sha256
 
     Image.fromarray(noise(40, 30)).save(tmp_path / "slide.png")
     (own_cache / "images" / sha256(tmp_path / "slide.png")).mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_interrupted_decoding_leaves_no_half_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hespotex.io._pyramid._reduce", interrupt)
+        patch.setattr("hespotex.image.files._cache._reduce", interrupt)
         with pytest.raises(KeyboardInterrupt):
             hx.io.read_image(path, mpp=1.0)
     assert list((own_cache / "images").iterdir()) == []

@@ -25,11 +25,13 @@ from ..errors import (
 )
 from .lattice import visium_pitch
 from .pyramid import Level, levels_of, transformations_of
+from .wsi import has_reader, slide_of_reader, stated_by_reader
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame, GeoSeries
     from spatialdata import SpatialData
     from spatialdata.transformations import BaseTransformation
+    from xarray import DataArray, DataTree
 
 __all__ = [
     "Slide",
@@ -46,6 +48,7 @@ __all__ = [
     "shape_positions",
     "shape_radii",
     "shape_radius",
+    "slide_element",
     "slide_images",
 ]
 
@@ -54,6 +57,7 @@ MAX_UPSAMPLING = 2.0
 LEVEL_SLACK = 1.01  # stored mpp are rounded: 0.5002 µm/px serves a wish for 0.5
 PREVIEW_MPP = 2.0  # coarser than this, no nucleus is resolved: previews of Visium have 3-10 µm/px
 VISIUM_PITCH_UM = 100.0
+_LAZYSLIDE = "slide_properties"  # in the attrs of what a WSIData wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ class Slide:
     Attributes
     ----------
     key
-        Its name in ``sdata.images``.
+        Its name in ``sdata.images``; ``"wsi"`` for the slide of a ``WSIData``, which is not among them.
     levels
         Pyramid, finest first.
     mpp
@@ -133,7 +137,8 @@ def resolve_slide(sdata: SpatialData, *, image_key: str | None = None) -> Slide:
     Parameters
     ----------
     sdata
-        Object with an 8-bit RGB image (c, y, x), single- or multiscale.
+        Object with an 8-bit RGB image (c, y, x), single- or multiscale; or LazySlide's ``WSIData``, whose slide is meant
+        unless another image is named.
     image_key
         Name in ``sdata.images``; may be left out where there is only one.
 
@@ -152,7 +157,7 @@ def resolve_slide(sdata: SpatialData, *, image_key: str | None = None) -> Slide:
         If a pixel is so large that the image is probably a preview.
     """
     key = find_image_key(sdata, image_key)
-    levels = levels_of(key, sdata.images[key])
+    levels = levels_of(key, slide_element(sdata, key))
     to_microns = _to_microns(sdata, key)
     if to_microns is None:
         spacing = _mpp_from_visium(sdata, key)
@@ -232,6 +237,13 @@ def slide_images(sdata: SpatialData) -> list[str]:
     return [name for name in sdata.images if name.removesuffix(Keys.RASTER) not in sdata.tables]
 
 
+def slide_element(sdata: SpatialData, image_key: str) -> DataArray | DataTree:
+    """The image of that name as found by :func:`find_image_key`: one of ``sdata.images``, or the slide of a ``WSIData``."""
+    if image_key == Keys.WSI and has_reader(sdata):
+        return slide_of_reader(sdata)
+    return sdata.images[image_key]
+
+
 def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_key: str | None = None) -> str:
     """The image that is meant: the one named, the only one, or the only one that `shapes_key` lies on.
 
@@ -242,12 +254,19 @@ def find_image_key(sdata: SpatialData, image_key: str | None = None, *, shapes_k
     """
     if not hasattr(sdata, "images"):
         raise DataTypeError(f"a SpatialData with an image is needed, got {type(sdata).__name__}")
+    if has_reader(sdata) and image_key in (None, Keys.WSI):
+        return Keys.WSI
     if image_key is not None:
         if image_key not in sdata.images:
             raise MissingKeyError(f"image_key={image_key!r} is not among the images {list(sdata.images)}")
         return image_key
     there = slide_images(sdata)
     if not there:
+        if _LAZYSLIDE in sdata.attrs:
+            raise MissingKeyError(
+                "the object holds no image: it is what LazySlide stores beside a slide; open both with "
+                "wsidata.open_wsi(path of the slide)"
+            )
         raise MissingKeyError("the object holds no image; add the H&E to sdata.images or read it with hx.io")
     if len(there) > 1 and shapes_key is not None:
         systems = set(transformations_of(_shapes(sdata, shapes_key)))
@@ -267,7 +286,7 @@ def is_microns(coordinate_system: str) -> bool:
 
 def level0_shape(sdata: SpatialData, image_key: str) -> tuple[int, int]:
     """Height and width of an image in pixels, after checking that it is 8-bit RGB."""
-    height, width = levels_of(image_key, sdata.images[image_key])[0].array.shape[1:]
+    height, width = levels_of(image_key, slide_element(sdata, image_key))[0].array.shape[1:]
     return int(height), int(width)
 
 
@@ -286,7 +305,7 @@ def shape_positions(sdata: SpatialData, shapes_key: str) -> tuple[np.ndarray, st
 def pixel_maps(sdata: SpatialData, image_key: str) -> dict[tuple[str, str], np.ndarray]:
     """Affine maps to an image's level-0 pixels of all elements that share a coordinate system with it, by kind and name."""
     maps = {("images", image_key): np.eye(3)}
-    image = transformations_of(sdata.images[image_key])
+    image = transformations_of(slide_element(sdata, image_key))
     for kind in ("images", "labels", "shapes", "points"):
         for name, element in getattr(sdata, kind).items():
             own = transformations_of(element)
@@ -299,7 +318,7 @@ def pixel_maps(sdata: SpatialData, image_key: str) -> dict[tuple[str, str], np.n
 
 def image_transformations(sdata: SpatialData, image_key: str) -> dict[str, BaseTransformation]:
     """All transformations of an image: what an element in its level-0 pixels must carry, too."""
-    return transformations_of(sdata.images[image_key])
+    return transformations_of(slide_element(sdata, image_key))
 
 
 def _matrix(transformation: BaseTransformation) -> np.ndarray:
@@ -330,11 +349,14 @@ def _isotropic(key: str, to_microns: np.ndarray) -> float:
 
 
 def _to_microns(sdata: SpatialData, key: str) -> np.ndarray | None:
-    known = transformations_of(sdata.images[key])
+    known = transformations_of(slide_element(sdata, key))
     if Keys.MICRONS in known:
         return _matrix(known[Keys.MICRONS])
     suffixed = [name for name in known if is_microns(name)]
-    return _matrix(known[suffixed[0]]) if len(suffixed) == 1 else None
+    if len(suffixed) == 1:
+        return _matrix(known[suffixed[0]])
+    mpp = stated_by_reader(sdata, level0_shape(sdata, key))
+    return None if mpp is None else np.diag([mpp, mpp, 1.0])
 
 
 def _mpp_from_visium(sdata: SpatialData, image_key: str) -> float | None:
@@ -384,7 +406,7 @@ def _shapes(sdata: SpatialData, shapes_key: str) -> GeoDataFrame:
 
 def _to_pixels(sdata: SpatialData, shapes_key: str, image_key: str) -> np.ndarray:
     """Affine map of stored shape coordinates to level-0 pixels: inverse(image → system) ∘ (shapes → system)."""
-    image = transformations_of(sdata.images[image_key])
+    image = transformations_of(slide_element(sdata, image_key))
     shapes = transformations_of(sdata.shapes[shapes_key])
     shared = sorted(set(image) & set(shapes), key=_preference)
     if not shared:

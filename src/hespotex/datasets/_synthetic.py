@@ -200,8 +200,8 @@ def _section(
 ) -> SpatialData:
     from spatialdata.models import PointsModel
 
+    from ..image.files import memory_pyramid
     from ..io._assemble import build_section, build_slide, transformations
-    from ..io._pyramid import memory_pyramid
     from ._expression import PROGRAMS, activities, patient_programs
     from ._paint import Stain, paint
     from ._tissue import CELL_TYPES, make_tissue, place_cells

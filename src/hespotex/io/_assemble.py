@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._keys import Keys
+from ..data.elements import image_element, transformations
 from ..data.geometry import on_image
-from ..data.pyramid import level_factor
 from ..errors import DataValueError, GeometryError
 
 if TYPE_CHECKING:
@@ -18,47 +18,8 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from pandas import DataFrame
     from spatialdata import SpatialData
-    from xarray import DataArray, DataTree
 
 __all__ = ["build_section", "build_slide", "circles", "image_element", "transformations"]
-
-
-def transformations(mpp: float) -> dict[str, Any]:
-    """Level-0 pixels are "global"; `mpp` takes them to "microns"."""
-    from spatialdata.transformations import Identity, Scale
-
-    return {"global": Identity(), Keys.MICRONS: Scale([mpp, mpp], axes=("x", "y"))}
-
-
-def image_element(levels: Sequence[da.Array], mpp: float) -> DataArray | DataTree:
-    """An image of precomputed levels (3, h, w); ``Image2DModel.parse`` would compute its own."""
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import set_transformation
-    from xarray import DataTree
-
-    parsed = [Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=["r", "g", "b"]) for level in levels]
-    element: DataArray | DataTree = parsed[0]
-    if len(parsed) > 1:
-        full = levels[0].shape[-2:]
-        element = DataTree.from_dict({f"scale{number}": _placed(level, full) for number, level in enumerate(parsed)})
-    set_transformation(element, transformations(mpp), set_all=True)
-    Image2DModel().validate(element)
-    return element
-
-
-def _placed(level: DataArray, full: Sequence[int]) -> Any:
-    """Dataset of a level with the centres of its pixels in pixels of the finest level, of size `full`.
-
-    spatialdata takes the ratio of sizes for the size of a pixel, which is off where an odd size was halved.
-    """
-    level.attrs.clear()
-    size = level.shape[-2:]
-    factor = level_factor(full, size)
-    coords = {
-        axis: (np.arange(small) + 0.5) * (factor or large / small)
-        for axis, small, large in zip(("y", "x"), size, full, strict=True)
-    }
-    return level.assign_coords(coords).to_dataset(name="image")
 
 
 def circles(xy: np.ndarray, radius_px: float, ids: Sequence[Any], mpp: float) -> GeoDataFrame:

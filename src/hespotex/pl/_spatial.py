@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .._keys import Keys
-from ..data.geometry import slide_images
+from ..data.geometry import slide_element, slide_images
+from ..data.wsi import has_reader
 from ..errors import AmbiguousKeyError, DataValueError, MissingKeyError
 from ._common import (
     axes_array,
@@ -314,14 +315,14 @@ class _Rendered:
         shapes_key = str(regions[0])
         systems = set(get_transformation(sdata.shapes[shapes_key], get_all=True))
         if image_key is not None:
-            systems &= set(get_transformation(sdata.images[image_key], get_all=True))
+            systems &= set(get_transformation(slide_element(sdata, image_key), get_all=True))
         system = _system(systems, coordinate_system)
         extent = get_extent(sdata.shapes[shapes_key], coordinate_system=system)
         limits = _Limits(*extent["x"], *extent["y"]).grown(MARGIN)
         image = None
         if image_key is not None:
-            whole = get_extent(sdata.images[image_key], coordinate_system=system)
-            image, limits = _cropped(sdata.images[image_key], limits, _Limits(*whole["x"], *whole["y"]), system)
+            whole = get_extent(slide_element(sdata, image_key), coordinate_system=system)
+            image, limits = _cropped(slide_element(sdata, image_key), limits, _Limits(*whole["x"], *whole["y"]), system)
         parts = SpatialData(
             images={} if image is None else {str(image_key): image},
             shapes={shapes_key: sdata.shapes[shapes_key]},
@@ -405,6 +406,8 @@ def _cropped(image: Any, limits: _Limits, whole: _Limits, system: str) -> tuple[
 
 
 def _image_key(sdata: SpatialData, image_key: str | None) -> str | None:
+    if image_key in (None, Keys.WSI) and has_reader(sdata):
+        return Keys.WSI
     images = slide_images(sdata)
     if image_key is None:
         if len(images) > 1:

@@ -8,6 +8,8 @@ from ._embed import embed
 from ._embed_nuclei import embed_nuclei
 from ._make_tiles import make_tiles
 from ._normalize_counts import normalize_counts
+from ._normalize_stain import normalize_stain
+from ._qc import qc
 from ._segment_nuclei import segment_nuclei
 from ._select_genes import select_genes
 from ._set_scale import set_scale
@@ -21,6 +23,8 @@ __all__ = [
     "embed_nuclei",
     "make_tiles",
     "normalize_counts",
+    "normalize_stain",
+    "qc",
     "segment_nuclei",
     "select_genes",
     "set_scale",

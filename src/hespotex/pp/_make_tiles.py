@@ -90,7 +90,10 @@ def make_tiles(
             {key_added: "shapes"},
             key_added=key_added,
             maker="make_tiles",
-            is_ours=lambda shapes: set(shapes.columns) == {Keys.TILE_ID, "radius", "geometry"},
+            is_ours=lambda shapes: (
+                {name for name in shapes.columns if not name.startswith(f"{Keys.QC}_")}
+                == {Keys.TILE_ID, "radius", "geometry"}
+            ),
         )
     tissue = tissue_outline(sdata, slide, shapes_key)
     centres, _ = lay_lattice(slide.shape, pitch_um / slide.mpp, lattice)

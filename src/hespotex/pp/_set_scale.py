@@ -10,6 +10,7 @@ from .._keys import Keys
 from .._logging import logger
 from ..data.geometry import find_image_key, level0_shape, pixel_maps
 from ..data.lattice import detect_lattice
+from ..data.wsi import has_reader, set_reader_mpp
 from ..errors import DataValueError, GeometryError, ScaleError
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def set_scale(
     if mpp is None:
         mpp = given / _pitch_px(sdata, maps, shapes_key)
     scale = np.diag([mpp, mpp, 1.0])
+    if key == Keys.WSI and has_reader(sdata):
+        set_reader_mpp(sdata, float(mpp))
+        del maps["images", key]
     for (kind, name), to_pixels in maps.items():
         affine = Affine(scale @ to_pixels, input_axes=("x", "y"), output_axes=("x", "y"))
         set_transformation(getattr(sdata, kind)[name], affine, Keys.MICRONS)

@@ -17,6 +17,7 @@ from ..data.geometry import (
     resolve_slide,
     shape_centres,
     shape_geometries,
+    slide_element,
 )
 from ..data.lattice import lay_lattice
 from ..data.shares import within_shares
@@ -207,7 +208,7 @@ def _assemble(
     pooled = AnnData(X=counts, obs=obs, var=table.adata.var.copy(), obsm={Keys.SPATIAL: _centroids(shapes)})
     truth = _truth(table.adata, *get_table_keys(table.adata)[1:])
     elements = {
-        slide.key: sdata.images[slide.key],
+        slide.key: slide_element(sdata, slide.key),
         Keys.SPOTS: shapes,
         Keys.TABLE: TableModel.parse(pooled, region=Keys.SPOTS, region_key=Keys.REGION, instance_key=Keys.INSTANCE),
         FINE: sdata.shapes[own],

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .._logging import logger
-from .._settings import settings
-from ..errors import DataValueError
+from ..._logging import logger
+from ..._settings import settings
+from ...errors import DataValueError
 
 if TYPE_CHECKING:
     import dask.array as da
