@@ -1,22 +1,30 @@
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from spatialdata import SpatialData, read_zarr
+from geopandas import GeoDataFrame
+from shapely import box
+from spatialdata import SpatialData, get_element_annotators, read_zarr
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
-from spatialdata.transformations import Identity, Scale
+from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 import hespotex as hx
 from hespotex.errors import (
     DataTypeError,
     DataValueError,
     GeometryError,
+    HespotexWarning,
     MissingKeyError,
     MissingWeightsError,
     ScaleError,
 )
+from hespotex.pp import _nuclei_source, _segment_nuclei
+from hespotex.segmentation import Watershed, _kept, _store
 
 from ..segmentation._scenes import discs, lattice, matched
 
@@ -204,6 +212,10 @@ BAD = {
     "too fine": ({"mpp": 0.1}, ScaleError, "enlarge"),
     "mpp with labels": ({"method": np.ones((SIDE, SIDE), int), "mpp": 0.5}, DataValueError, "labels have one"),
     "no weights": ({"method": "cellpose", "model": "nowhere"}, MissingWeightsError, "nowhere"),
+    "a file that is no network": ({"method": "instanseg", "model": "nowhere"}, MissingWeightsError, "nowhere"),
+    "unknown network": ({"method": "lazyslide:uni"}, MissingKeyError, "uni"),
+    "missing geojson": ({"method": "nowhere.geojson"}, MissingKeyError, "nowhere.geojson"),
+    "no client": ({"client": 3}, DataTypeError, "client"),
     "weights for watershed": ({"model": "nowhere"}, DataValueError, "cellpose"),
     "no image": ({"image_key": "absent"}, MissingKeyError, "absent"),
     "taken name": ({"key_added": "spots"}, DataValueError, "spots"),
@@ -257,3 +269,220 @@ def test_nuclei_of_somebody_else_are_not_overwritten(scene) -> None:
     with pytest.raises(DataValueError, match=r"obs\['n_nuclei'\]"):
         hx.pp.segment_nuclei(sdata)
     assert "nuclei" not in sdata
+
+
+def xenium_like(sdata: SpatialData, key: str = "nucleus_boundaries") -> GeoDataFrame:
+    """The nuclei of `sdata` as Xenium has them: in µm that are turned and shifted on the image, with text for ids."""
+    from shapely import affinity
+
+    # The image lies turned by 90° in "xenium": (x, y) px are (700 - y / 2, x / 2 + 30) µm.
+    to_um = Affine([[0, -0.5, 700], [0.5, 0, 30], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    set_transformation(sdata["image"], to_um, "xenium")
+    outlines = sdata["nuclei"].geometry
+    moved = [affinity.affine_transform(outline, [0, -0.5, 0.5, 0, 700, 30]) for outline in outlines]
+    ids = [f"aaaa{number:04d}-1" for number in range(len(moved))]
+    frame = GeoDataFrame(geometry=moved, index=ids).sample(frac=1, random_state=0)
+    sdata[key] = ShapesModel.parse(frame, transformations={"xenium": Identity()})
+    return frame
+
+
+@pytest.fixture
+def segmented(scene) -> SpatialData:
+    sdata = make(scene[0])
+    hx.pp.segment_nuclei(sdata, n_jobs=1)
+    return sdata
+
+
+def test_boundaries_of_xenium_are_taken_as_they_are(scene, segmented) -> None:
+    image, truth = scene
+    frame = xenium_like(segmented)
+    before, expected = segmented["nuclei"], segmented["nuclei_features"].to_df()
+    hx.pp.segment_nuclei(segmented, "nucleus_boundaries", n_jobs=1, key_added="given")
+
+    table, outlines = segmented["given_features"], segmented["given"]
+    assert sorted(outlines.index) == sorted(frame.index)
+    assert table.obs["nucleus_id"].tolist() == outlines["nucleus_id"].tolist() == outlines.index.tolist()
+    number = outlines.index.str[4:8].astype(int).to_numpy()
+    assert outlines.geometry.geom_equals_exact(before.geometry.iloc[number].set_axis(outlines.index), 1e-6).all()
+    assert set(get_transformation(outlines, get_all=True)) == {"global", "microns", "xenium"}
+    assert np.array_equal(segmented["table"].obs["n_nuclei"], expected_counts(truth))
+    assert segmented["table"].uns["hespotex"]["n_nuclei"]["params"] == {}
+    np.testing.assert_allclose(
+        table[:, "mean_haematoxylin"].X.ravel(), expected["mean_haematoxylin"].to_numpy()[number], rtol=0.1
+    )
+    labels = segmented["given_labels"].values
+    for label, (x, y) in zip(table.obs["label"], table.obsm["spatial"], strict=True):
+        assert labels[int(y), int(x)] == label
+    hx.pp.embed_nuclei(segmented, shapes_key="given")
+    assert segmented["given_features"].obsm["X_morphology"].shape[0] == len(frame)
+
+
+def test_outlines_of_qupath_are_taken_as_they_are(scene, segmented, tmp_path) -> None:
+    before = segmented["nuclei"]
+    features = [
+        {
+            "type": "Feature",
+            "id": f"uuid-{name}",
+            "geometry": shape.__geo_interface__,
+            "properties": {"objectType": "detection", "classification": {"name": "Tumor" if name % 2 else "Stroma"}},
+        }
+        for name, shape in before.geometry.items()
+    ]
+    path = tmp_path / "cells.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    for method in (path, str(path)):
+        sdata = make(scene[0])
+        hx.pp.segment_nuclei(sdata, method, n_jobs=1)
+        assert sdata["nuclei"].index.tolist() == [f"uuid-{name}" for name in before.index]
+        assert sdata["nuclei"].geometry.geom_equals_exact(before.geometry.set_axis(sdata["nuclei"].index), 0).all()
+        classes = sdata["nuclei_features"].obs["classification"]
+        assert classes.tolist() == ["Tumor" if name % 2 else "Stroma" for name in before.index]
+        assert np.array_equal(sdata["table"].obs["n_nuclei"], segmented["table"].obs["n_nuclei"])
+    sdata.write(tmp_path / "section.zarr")
+    assert read_zarr(tmp_path / "section.zarr")["nuclei_features"].obs["classification"].tolist() == classes.tolist()
+
+
+def same_nuclei(one: SpatialData, other: SpatialData) -> None:
+    """Compares all that was written but for the spots' table."""
+    assert one["nuclei"].index.tolist() == other["nuclei"].index.tolist()
+    assert one["nuclei"].geometry.geom_equals_exact(other["nuclei"].geometry, 0).all()
+    assert get_transformation(one["nuclei"], get_all=True) == get_transformation(other["nuclei"], get_all=True)
+    tables = one["nuclei_features"], other["nuclei_features"]
+    assert np.array_equal(tables[0].X, tables[1].X)
+    assert np.array_equal(tables[0].obsm["spatial"], tables[1].obsm["spatial"])
+    pd.testing.assert_frame_equal(tables[0].obs, tables[1].obs)
+    assert tables[0].uns["hespotex"] == tables[1].uns["hespotex"]
+    assert get_element_annotators(one, "nuclei") == get_element_annotators(other, "nuclei") == {"nuclei_features"}
+
+
+@pytest.mark.parametrize("kind", ["watershed", "labels", "shapes"])
+def test_a_store_holds_what_memory_holds(scene, segmented, kind: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 100)  # several rows of blocks, so that the store grows
+    monkeypatch.setattr(_store, "CHUNK_PX", 128)
+    monkeypatch.setattr(_store, "_BATCH", 30)
+    image, truth = scene
+    here, there = make(image), make(image)
+    method = {"watershed": "watershed", "labels": np.where(truth > 0, truth + 100, 0), "shapes": "mine"}[kind]
+    if kind == "shapes":
+        xenium_like(segmented)
+        for sdata in (here, there):
+            set_transformation(sdata["image"], get_transformation(segmented["image"], "xenium"), "xenium")
+            sdata["mine"] = segmented["nucleus_boundaries"]
+    hx.pp.segment_nuclei(here, method, n_jobs=1)
+    hx.pp.segment_nuclei(there, method, n_jobs=1, target=tmp_path / "nuclei.zarr")
+    found = read_zarr(tmp_path / "nuclei.zarr")
+    assert len(found["nuclei"]) == truth.max()
+    same_nuclei(found, here)
+    assert np.array_equal(found["nuclei_labels"].values, here["nuclei_labels"].values)
+    assert (
+        get_transformation(found["nuclei_labels"], get_all=True).keys()
+        == get_transformation(here["nuclei_labels"], get_all=True).keys()
+    )
+    pd.testing.assert_frame_equal(there["table"].obs, here["table"].obs)
+    assert {name for _, name, _ in there.gen_elements()} == {"image", "spots", "table"} | ({"mine"} & set(there.shapes))
+    assert [path.name for path in tmp_path.iterdir()] == ["nuclei.zarr"]
+    hx.pp.segment_nuclei(
+        make(image), method if kind != "shapes" else "watershed", raster=False, target=tmp_path / "b.zarr"
+    )
+    assert not read_zarr(tmp_path / "b.zarr").labels
+
+
+def test_a_store_that_fails_leaves_nothing(scene, tmp_path, monkeypatch) -> None:
+    sdata = make(scene[0])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DataValueError, match="exists already"):
+        hx.pp.segment_nuclei(sdata, target=tmp_path / "there")
+    with pytest.raises(DataValueError, match="copy=True"):
+        hx.pp.segment_nuclei(sdata, target=tmp_path / "a.zarr", copy=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataValueError, match="could not be written"):
+        hx.pp.segment_nuclei(sdata, target=tmp_path / "file" / "a.zarr")
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataValueError, match="no nuclei"):
+        hx.pp.segment_nuclei(make(np.full((SIDE, SIDE, 3), 240, np.uint8)), target=tmp_path / "a.zarr")
+    monkeypatch.setattr(_store, "paint", full)
+    with pytest.raises(DataValueError, match=r"a\.zarr.* could not be written .*No space left"):
+        hx.pp.segment_nuclei(sdata, target=tmp_path / "a.zarr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+    assert list(sdata["table"].obs) == ["region", "spot_id"]
+
+
+def test_interrupted_nuclei_go_on_where_they_stopped(scene, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
+    monkeypatch.setattr(_kept, "KEEP_AFTER_S", 0.0)
+    calls, stop_at, segment = [], [18], Watershed.__call__
+
+    def counted(self: Watershed, rgb: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == stop_at[0]:
+            raise KeyboardInterrupt
+        return segment(self, rgb)
+
+    monkeypatch.setattr(Watershed, "__call__", counted)
+    interrupted, undisturbed = make(scene[0]), make(scene[0])
+    with hx.settings.override(cache_dir=tmp_path):
+        with pytest.raises(KeyboardInterrupt), pytest.warns(HespotexWarning, match="3 finished parts") as said:
+            hx.pp.segment_nuclei(interrupted, n_jobs=1)
+        assert said[0].filename == __file__
+        assert "nuclei" not in interrupted.shapes
+        calls.clear()
+        hx.pp.segment_nuclei(interrupted, n_jobs=1)
+        assert len(calls) == 25 - 15
+        assert not list((tmp_path / "nuclei").iterdir())
+        stop_at[0] = -1
+        hx.pp.segment_nuclei(undisturbed, n_jobs=1)
+    same_nuclei(interrupted, undisturbed)
+
+
+def test_a_cluster_writes_the_same(scene, segmented, cluster) -> None:
+    sdata = make(scene[0])
+    hx.pp.segment_nuclei(sdata, client=cluster)
+    same_nuclei(sdata, segmented)
+    assert np.array_equal(sdata["nuclei_labels"].values, segmented["nuclei_labels"].values)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["instanseg", "lazyslide:instanseg"])
+def test_instanseg_is_a_method(name: str, tmp_path) -> None:
+    if find_spec("lazyslide_models") is None:
+        pytest.skip("lazyslide-models is not installed")
+    import torch
+
+    from ..segmentation.test_instanseg import Darkness
+
+    torch.jit.script(Darkness()).save(str(tmp_path / "weights.pt"))
+    # In the middle of the squares that it numbers, which begin 64 px before the image.
+    centres = np.stack(np.meshgrid(np.arange(76, 310, 40), np.arange(36, 310, 40)), axis=-1).reshape(-1, 2)
+    image, truth = discs((SIDE, SIDE), centres, 9)
+    sdata = make(image)
+    hx.pp.segment_nuclei(sdata, name, model=tmp_path / "weights.pt", device="cpu")
+    hits, n_true, n_found = matched(truth, sdata["nuclei_labels"].values)
+    assert hits == n_true == n_found
+    assert sdata["table"].uns["hespotex"]["n_nuclei"]["params"] == {"method": "instanseg", "diameter_um": 8.0}
+
+
+def test_more_nuclei_than_memory_are_sent_to_disk(scene, monkeypatch) -> None:
+    monkeypatch.setattr(_segment_nuclei, "available_bytes", lambda: 100_000)
+    sdata = make(scene[0])
+    with pytest.raises(DataValueError, match="target='nuclei.zarr'"):
+        hx.pp.segment_nuclei(sdata)
+    assert "nuclei" not in sdata
+
+
+def test_boundaries_that_cannot_be_placed_or_used_are_refused(scene) -> None:
+    sdata = make(scene[0])
+    far, near = [box(900, 900, 909, 909)], [box(9, 9, 19, 19), box(900, 900, 909, 909)]
+    sdata["elsewhere"] = ShapesModel.parse(GeoDataFrame(geometry=far), transformations={"other": Identity()})
+    with pytest.raises(GeometryError):
+        hx.pp.segment_nuclei(sdata, "elsewhere")
+    sdata["far"] = ShapesModel.parse(GeoDataFrame(geometry=far), transformations={"global": Identity()})
+    with pytest.raises(DataValueError, match="'far' can be used"):
+        hx.pp.segment_nuclei(sdata, "far")
+    sdata["near"] = ShapesModel.parse(GeoDataFrame(geometry=near), transformations={"global": Identity()})
+    with pytest.warns(HespotexWarning, match="of 2 outlines of 'near' 1 lie beyond") as said:
+        hx.pp.segment_nuclei(sdata, "near")
+    assert said[0].filename == __file__
+    assert sdata["nuclei"].index.tolist() == [0]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def test_files_that_are_no_label_images_are_refused(tmp_path) -> None:
     with pytest.raises(MissingKeyError, match="absent.npy"):
         load_labels(tmp_path / "absent.npy")
     np.save(tmp_path / "seg.npy", np.array({"masks": np.zeros((2, 2))}, dtype=object), allow_pickle=True)
-    with pytest.raises(DataValueError, match="refused"):
+    with pytest.raises(DataValueError, match=r"refused.*allow_pickle=True\)\.item\(\)\['masks'\]"):
         load_labels(tmp_path / "seg.npy")
     np.save(tmp_path / "float.npy", np.zeros((2, 2)))
     with pytest.raises(DataTypeError, match="float64"):
@@ -42,3 +44,19 @@ def test_files_that_are_no_label_images_are_refused(tmp_path) -> None:
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataValueError, match="no plain array"):
         load_labels(tmp_path / "cut.npy")
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("sprung"),)
+
+
+def test_a_pickled_file_is_not_opened(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("cells_seg.npy", np.array(Trap(), dtype=object), allow_pickle=True)
+    np.load("cells_seg.npy", allow_pickle=True)
+    assert Path("sprung").exists()  # it is a trap
+    Path("sprung").unlink()
+    with pytest.raises(DataValueError, match="refused"):
+        load_labels("cells_seg.npy")
+    assert not Path("sprung").exists()

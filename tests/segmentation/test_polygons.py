@@ -36,7 +36,7 @@ def test_of_several_pieces_the_largest_and_no_holes():
 
 def test_about_the_numbers_of_a_label_image():
     image, labels = discs((200, 200), lattice((200, 200), 30), 8)
-    regions = measure_regions(labels, image, 0.5)
+    regions = measure_regions(labels, image, 0.5, simplify_um=0)
     found = measure_polygons(regions.polygons, 0.5)
     assert FEATURES[: len(SHAPE_FEATURES)] == SHAPE_FEATURES
     np.testing.assert_allclose(found[:, :4], regions.features[:, :4], rtol=0.02)

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import tracemalloc
+
+import dask.array as da
 import numpy as np
 import pytest
 from shapely import area, is_valid
 
+from hespotex.data.geometry import Level, Slide
 from hespotex.errors import DataTypeError, DataValueError, HespotexWarning
-from hespotex.segmentation import Watershed
+from hespotex.pp._nuclei_source import OfPixels
+from hespotex.segmentation import Watershed, _tiled
 from hespotex.segmentation._appearance import estimate_appearance
+from hespotex.segmentation._nuclei import Nuclei
 from hespotex.segmentation._outline import FEATURES
+from hespotex.segmentation._raster import rasterise
 from hespotex.segmentation._sample import sample_tissue
-from hespotex.segmentation._tiled import Nuclei, rasterise, segment_slide
+from hespotex.segmentation._tiled import iter_nuclei, segment_slide
 
 from ._scenes import discs, lattice, matched, slide_of
 
@@ -139,3 +146,75 @@ def test_the_sample_is_taken_from_tissue_and_not_from_glass() -> None:
     assert (pixels[:, 0] < 150).mean() > 0.1
     assert len(pixels) < 0.2 * image[..., 0].size
     assert estimate_appearance(pixels).has_nuclei
+
+
+def test_slides_wider_than_a_run_of_blocks_are_read_run_by_run(scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, _ = scene
+    one = segment(image, 64)
+    monkeypatch.setattr(_tiled, "_RUN_BLOCKS", 2)
+    several = segment(image, 64, n_jobs=2)
+    for name, array in one.regions.arrays().items():
+        assert np.array_equal(array, several.regions.arrays()[name]), name
+
+
+def test_a_cluster_finds_the_same_to_the_bit(scene, cluster) -> None:
+    image, _ = scene
+    backend = Watershed(16.0, estimate_appearance(image))
+    options = {"mpp": 0.5, "halo_px": backend.halo_px, "block_px": 90, "progress_bar": False}
+    here = segment_slide(slide_of(image), OfPixels(backend), n_jobs=1, **options)
+    there = segment_slide(slide_of(image), OfPixels(backend), client=cluster, **options)
+    assert len(here) > 50
+    for name, array in here.regions.arrays().items():
+        assert np.array_equal(array, there.regions.arrays()[name]), name
+
+
+def test_memory_holds_one_row_of_blocks(scene) -> None:
+    """Rows are handed over as soon as they are there, with no double of the row before and ids that go on."""
+    image, _ = scene
+    backend, blocks = Watershed(16.0, estimate_appearance(image)), []
+
+    def counting(block) -> np.ndarray:
+        blocks.append(block.y)
+        return backend(block.pixels)
+
+    rows = iter_nuclei(
+        slide_of(image), counting, mpp=0.5, halo_px=backend.halo_px, block_px=75, n_jobs=1, progress_bar=False
+    )
+    ids, seen = [], []
+    for part in rows:
+        seen.append(len(blocks))
+        ids.extend(part.ids.tolist())
+        assert len(np.unique(part.regions.centroids[:, 1] // 75)) == 1
+    assert seen == [6, 12, 18, 24]
+    assert ids == list(range(1, len(ids) + 1))
+
+
+def test_memory_does_not_grow_with_the_slide() -> None:
+    tile, truth = discs((384, 384), lattice((384, 384), 40, jitter=0), 8)
+
+    def peak(n_rows: int) -> int:
+        array = da.map_blocks(
+            lambda: np.moveaxis(tile, -1, 0).copy(),
+            chunks=((3,), (384,) * n_rows, (384,) * 2),
+            dtype=np.uint8,
+            meta=tile[:0],
+        )
+        slide = Slide("image", (Level(array, 1.0),), 0.5, np.diag([0.5, 0.5, 1.0]))
+        rows = iter_nuclei(
+            slide,
+            lambda block: np.pad(truth, 24),
+            mpp=0.5,
+            halo_px=24,
+            block_px=384,
+            n_jobs=1,
+            progress_bar=False,
+        )
+        tracemalloc.start()
+        found = sum(len(part) for part in rows)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found == 2 * truth.max() * n_rows
+        return highest
+
+    peak(2)  # whatever is imported and compiled first
+    assert peak(70) < 1.25 * peak(10)  # where 70 rows of results are kept, it is 1.4 times

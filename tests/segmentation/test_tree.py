@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
-from hespotex.segmentation._tree import TreeOptions, select_regions
+from hespotex.segmentation._tree import TreeOptions, score_regions, select_regions
 
 
 def cone(shape: tuple[int, int], y: float, x: float, radius: float, height: float) -> np.ndarray:
@@ -45,3 +46,49 @@ def test_an_empty_image_gives_no_regions() -> None:
     labels = select_regions(np.zeros((20, 30)), LEVELS, 10)
     assert labels.shape == (20, 30)
     assert labels.max() == 0
+
+
+def test_the_same_choice_as_from_one_label_image_per_threshold() -> None:
+    """The definition, written out: a region is kept if it scores at least the mean of the best choice within it."""
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.normal(size=(120, 150)), 3.0)
+    image /= image.max()
+    diameter, options = 14.0, TreeOptions(min_roundness=0.2)
+    labels = [ndimage.label(image > level)[0] for level in LEVELS]
+    scored = [score_regions(cut, int(cut.max()), diameter, options) for cut in labels]
+
+    def best(level: int, name: int) -> tuple[float, np.ndarray]:
+        """Score and mask of the best choice within a region."""
+        mask = labels[level] == name
+        parts, chosen = 0.0, np.zeros(image.shape, bool)
+        if level + 1 < len(LEVELS):
+            total = merit = 0.0
+            for part in np.unique(labels[level + 1][mask]):
+                value, pixels = best(level + 1, part) if part else (0.0, chosen)
+                if value > 0:
+                    size = float((labels[level + 1] == part).sum())
+                    total, merit, chosen = total + size, merit + size * value, chosen | pixels
+            parts = merit / total if total else 0.0
+        own = scored[level][1][name]
+        return (own, mask) if own > 0 and own >= parts - 1e-12 else (parts, chosen)
+
+    expected = np.zeros(image.shape, bool)
+    for name in range(1, labels[0].max() + 1):
+        expected |= best(0, name)[1]
+    found = select_regions(image, LEVELS, diameter, options)
+    assert found.max() > 5
+    assert np.array_equal(found > 0, expected)
+
+
+def test_places_in_the_image_do_not_matter() -> None:
+    rng = np.random.default_rng(1)
+    image = ndimage.gaussian_filter(rng.normal(size=(80, 90)), 2.0) * 8
+    here = select_regions(image, LEVELS, 10)
+    there = select_regions(np.pad(image, ((300, 5), (700, 9))), LEVELS, 10)[300:380, 700:790]
+    assert here.max() > 3
+    assert np.array_equal(here > 0, there > 0)
+
+
+def test_single_pixels_that_touch_nothing_are_regions_each() -> None:
+    image = (np.indices((41, 60)).sum(axis=0) % 2).astype(float)
+    assert select_regions(image, LEVELS, 3, TreeOptions(min_area=0.01, spread=0.1)).max() == image.sum()

@@ -26,8 +26,8 @@ from ..data.tables import (
     table_role,
 )
 from ..data.transaction import restored_on_error
-from ..encoders import Encoder, TileEncoder, as_encoder, check_resolution, create
-from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError
+from ..encoders import Encoder, TileEncoder, as_encoder, check_resolution, create, identifying
+from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError, MissingWeightsError
 from ..image.fingerprint import fingerprint
 from ._free import check_elements_free, check_slot_free
 
@@ -316,7 +316,8 @@ def resolve_places(sdata: SpatialData, table: AnnotatedTable, image_key: str | M
 def _identity(encoder: Encoder, places: list[Place], depends_on: tuple[Any, ...]) -> str:
     """Equal if and only if the same features would come out."""
     return digest(
-        encoder.params(),
+        identifying(encoder.params()),
+        encoder.code_hash(),
         *(
             value
             for place in places
@@ -347,7 +348,7 @@ def _compute(
     """Features of all rows; what is finished is kept if the work is interrupted."""
     device = device or settings.device
     if batch_size == "auto":
-        batch_size = encoder.fitting_batch_size(device) if isinstance(encoder, TileEncoder) else None
+        batch_size = encoder.fitting_batch_size(device)
         logger.info("embed: batches of %d tiles", batch_size or settings.batch_size)
     how: dict[str, Any] = {"batch_size": batch_size or settings.batch_size, "device": device}
     shown = settings.progress_bar if progress_bar is None else progress_bar
@@ -360,15 +361,21 @@ def _compute(
             else:
                 found = _on_cluster(encoder, place, todo, how, client, progress_bar=shown)
             for number, values in found:
+                _check_finite(encoder, values)  # before it is kept: the same call would find it again
                 partial.write(place.rows[todo[number]], values)
         if not partial.done.all():
             raise DataValueError(f"encoder {encoder.name!r} left out {int((~partial.done).sum())} tiles")
-        features = partial.values()
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise DataValueError(f"encoder {encoder.name!r} gave NaN or infinite features for {bad} tiles")
     partial.discard()
-    return features
+    return partial.values()
+
+
+def _check_finite(encoder: Encoder, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).any(axis=1).sum())
+        raise DataValueError(
+            f"encoder {encoder.name!r} gave NaN or infinite features for {bad} of {len(values)} tiles"
+            + ("; float16 may be too narrow for it, take dtype='bfloat16'" if encoder.params().get("dtype") == "float16" else "")
+        )
 
 
 def _on_cluster(
@@ -401,11 +408,18 @@ class _Travelling:
         if weights is None or not isinstance(self.encoder, TileEncoder):
             return _Travelling, (self.encoder,)
         network = self.encoder._network
-        return _made_there, (self.encoder.params(), str(weights.path), network is not None and network.is_compiled)
+        is_compiled = network is not None and network.is_compiled
+        return _made_there, (self.encoder.params(), str(weights.path.absolute()), is_compiled)
 
 
 def _made_there(params: dict[str, Any], weights: str, is_compiled: bool) -> _Travelling:  # noqa: FBT001  pickle calls it so
-    encoder = create(**params, weights=weights)
+    try:
+        encoder = create(**params, weights=weights)
+    except MissingWeightsError as error:
+        raise MissingWeightsError(
+            f"a worker of client= lacks the weights of encoder {params['name']!r}, which must lie under the same path there: "
+            f"{error}"
+        ) from error
     if is_compiled:
         encoder.compile()
     return _Travelling(encoder)

@@ -241,6 +241,10 @@ class _Masked(TileEncoder):
         """Those of the encoder, and that tiles were masked."""
         return {**self._encoder.params(), "masked": True}
 
+    def code_hash(self) -> str:
+        """That of the encoder."""
+        return self._encoder.code_hash()
+
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         return self._encoder.encode(tiles, device)
 

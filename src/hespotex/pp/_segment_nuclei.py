@@ -3,59 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._keys import Keys
 from .._logging import logger
-from ..data.geometry import (
-    Slide,
-    check_on_image,
-    image_transformations,
-    pixel_maps,
-    resolve_slide,
-    shape_centres,
-    shape_geometries,
-    shape_radius,
-)
+from .._tasks import check_client
+from ..data.blockwise import available_bytes, check_target
+from ..data.geometry import Slide, image_transformations, resolve_slide
 from ..data.provenance import read_record, record
-from ..data.tables import AnnotatedTable, mark_table, resolve_shapes_key, resolve_table, row_positions
 from ..data.transaction import restored_on_error
-from ..errors import (
-    AmbiguousKeyError,
-    DataTypeError,
-    DataValueError,
-    GeometryError,
-    MissingKeyError,
-    ScaleError,
-)
-from ..segmentation._appearance import estimate_appearance
-from ..segmentation._outline import FEATURES
-from ..segmentation._sample import sample_tissue
-from ..segmentation._tiled import Backend, Nuclei, rasterise, segment_slide
-from ..segmentation.cellpose import CellposeSegmenter
-from ..segmentation.counts import count_in_circles, count_in_polygons, count_in_window
-from ..segmentation.labels import check_labels, load_labels
-from ..segmentation.watershed import DIAMETER_UM, Watershed
-from ._free import check_elements_free, check_slot_free
+from ..errors import DataValueError
+from ..image.stream import WorkingGrid, working_grid
+from ..segmentation._kept import KeptRuns
+from ..segmentation._nuclei import Nuclei
+from ..segmentation._raster import label_dtype, rasterise
+from ..segmentation._store import Names, NucleiStore, feature_table, label_element, outline_shapes
+from ..segmentation._tiled import iter_nuclei
+from ..segmentation.existing import iter_given
+from ..segmentation.watershed import DIAMETER_UM
+from ._count_nuclei import SpotCounts, Spots, resolve_spots
+from ._free import check_elements_free
+from ._nuclei_source import Method, Source, resolve_source
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    from distributed import Client
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 __all__ = ["segment_nuclei"]
 
-WORKING_MPP = 0.5  # finer pixels cost time and find no more nuclei
-MIN_DIAMETER_PX = 5.0  # fewer pixels across, and neighbours blur into one
-CALLABLE_HALO_DIAMETERS = 8.0
-LABELS_HALO_DIAMETERS = 8.0
-METHODS = ("watershed", "cellpose")
-
-Method = Literal["watershed", "cellpose"] | Callable[[np.ndarray], np.ndarray] | np.ndarray | str | os.PathLike[str]
+OBJECT_BYTES = 1500  # of a nucleus as a polygon, its row and what is needed to make them
+SPARE = 0.8  # of the free memory
 
 
 def segment_nuclei(
@@ -70,25 +53,40 @@ def segment_nuclei(
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     n_jobs: int | None = None,
+    client: Client | None = None,
     raster: bool = True,
     key_added: str = Keys.NUCLEI,
+    target: str | os.PathLike[str] | None = None,
     copy: bool = False,
     progress_bar: bool | None = None,
 ) -> GeoDataFrame | None:
     """Outline all nuclei of a slide, describe them, and count them per spot.
 
     The slide is worked on in overlapping blocks; no nucleus is cut or found twice at a seam, and the result does not
-    depend on the blocks.
+    depend on the blocks. Work that is interrupted after more than ten seconds goes on where it stopped when the same
+    call is made again, except with functions and with nuclei that are there already.
 
     Parameters
     ----------
     sdata
         Object with an H&E image of known scale.
     method
-        ``"watershed"`` needs no weights: the best regions of a component tree of the nuclear stain, grown by watershed.
-        ``"cellpose"`` is Cellpose 4. A function of an RGB image (h, w, 3) uint8 that returns its label image. Or nuclei
-        that are outlined already: the name of a label image in ``sdata.labels``, an array, or the path of a ``.npy``
-        file, of the size of the image or of one of its levels.
+        A way to find nuclei:
+
+        - ``"watershed"`` needs no weights: the best regions of a component tree of the nuclear stain, grown by
+          watershed.
+        - ``"cellpose"`` is Cellpose 4.
+        - ``"instanseg"`` is InstanSeg, ``"lazyslide:<name>"`` another segmenter of lazyslide-models that returns
+          instance masks.
+        - A function of an RGB image (h, w, 3) uint8 that returns its label image.
+
+        Or nuclei that are outlined already, and are kept as they are, ids included:
+
+        - A label image of the size of the image or of one of its levels: its name in ``sdata.labels``, an array, or the
+          path of a ``.npy`` file.
+        - The name of polygons in ``sdata.shapes``, such as ``"nucleus_boundaries"`` of Xenium or
+          ``"cellpose_boundaries"`` of sopa, wherever their transformations place them on the image.
+        - The path of a ``.geojson`` file with polygons in level-0 pixels, as QuPath exports them.
     image_key
         Name in ``sdata.images``; may be left out where there is only one.
     shapes_key
@@ -101,15 +99,22 @@ def segment_nuclei(
         Working resolution in µm per pixel; by default 0.5, or the image's own if that is coarser. Label images keep
         theirs.
     model
-        Path of Cellpose's weights; by default where Cellpose keeps them. Nothing is downloaded.
+        Path of the weights of a network. By default those of Cellpose where Cellpose keeps them, of which nothing is
+        downloaded, and those of lazyslide-models in the cache of the hub, or from there.
     device
-        Of Cellpose; the setting by default.
+        Of networks; the setting by default.
     n_jobs
-        Threads; the setting by default. One for Cellpose and for functions.
+        Threads; the setting by default. One for networks and for functions.
+    client
+        ``dask.distributed.Client`` of a cluster to work on, whose workers can read the image; the result is the same.
+        Nuclei that are there already are taken in this process.
     raster
         Whether to write the label image, too. Without it, nuclei in the patch window are not counted.
     key_added
         Name of the outlines; those of the label image and of the table are derived from it.
+    target
+        Folder of a zarr store, for more nuclei than fit into memory (some million): they are written there, row of
+        blocks by row of blocks, as a SpatialData that appears only when whole. `sdata` gets the counts alone.
     copy
         Return the outlines in place of writing anything.
     progress_bar
@@ -125,7 +130,9 @@ def segment_nuclei(
         Label image of the ids at the working resolution, compressed in memory.
     ``tables["nuclei_features"]``
         A row per nucleus: area, perimeter and axes in µm, eccentricity, circularity, solidity, mean and standard
-        deviation of haematoxylin. ``obsm["spatial"]`` holds centroids in level-0 pixels.
+        deviation of haematoxylin. ``obsm["spatial"]`` holds centroids in level-0 pixels. Where ids are no positive
+        whole numbers, ``obs["label"]`` is the number in the label image; ``obs["classification"]`` is that of a GeoJSON
+        file.
     ``obs["n_nuclei"]`` of the spots' table
         Nuclei whose centroid lies in the spot.
     ``obs["n_nuclei_window"]``
@@ -138,23 +145,34 @@ def segment_nuclei(
     ScaleError
         If the image's scale is unknown, or too coarse for nuclei of this size.
     MissingKeyError
-        If `method` names neither a method nor labels nor a file.
+        If `method` names neither a method nor labels nor shapes nor a file.
     MissingWeightsError
-        If Cellpose's weights are not there.
+        If the weights of a network are not there.
+    GeometryError
+        If labels or shapes share no coordinate system with the image, or labels do not cover it.
     DataTypeError, DataValueError
-        If labels are not whole numbers, or negative, or have another size than the image; if no nucleus is found; if
-        `key_added` or a column of counts is taken by something that this function did not make.
+        If labels are not whole numbers, or negative, or have another size than the image; if no outline can be used, or
+        ids are not unique; if no nucleus is found; if `key_added` or a column of counts is taken by something that this
+        function did not make; if `target` exists or cannot be written, or nuclei do not fit into memory without it.
+    WorkerError
+        If the workers of `client` are lost.
 
     Warns
     -----
     HespotexWarning
-        If nuclei are so large that a block's surroundings cut them.
+        If nuclei are so large that a block's surroundings cut them; if given outlines had to be repaired or left out; if
+        the work was interrupted, and what is kept of it.
 
     Examples
     --------
     >>> import hespotex as hx
-    >>> hx.pp.segment_nuclei(sdata)  # doctest: +SKIP
+    >>> sdata = hx.datasets.synthetic(size_px=400)
+    >>> hx.pp.segment_nuclei(sdata, n_jobs=1)
+    >>> sdata["nuclei_features"].var_names[0]
+    'area_um2'
     >>> hx.pp.segment_nuclei(sdata, "nuclei.npy")  # doctest: +SKIP
+    >>> hx.pp.segment_nuclei(sdata, "qupath.geojson")  # doctest: +SKIP
+    >>> hx.pp.segment_nuclei(sdata, "instanseg", target="nuclei.zarr")  # doctest: +SKIP
     """
     if not np.isfinite(diameter_um) or diameter_um <= 0:
         raise DataValueError(f"diameter_um={diameter_um!r} must be a positive number of µm")
@@ -162,301 +180,166 @@ def segment_nuclei(
         raise DataValueError(f"mpp={mpp!r} must be a positive number of µm per pixel")
     if n_jobs is not None and n_jobs < 1:
         raise DataValueError(f"n_jobs={n_jobs!r} must be at least 1")
+    check_client(client)
+    if target is not None:
+        if copy:
+            raise DataValueError("copy=True returns outlines and target= writes them to disk; choose one")
+        target = Path(target)
+        check_target(target)
     slide = resolve_slide(sdata, image_key=image_key)
-    names = _Names(key_added)
-    spots = _spots(sdata, slide, shapes_key, table_key)
+    names = Names(key_added)
+    spots = resolve_spots(sdata, slide, shapes_key, table_key)
     if not copy:
-        names.check_free(sdata)
+        _check_free(sdata, names)
         if spots is not None:
-            for column in (Keys.N_NUCLEI, Keys.N_NUCLEI_WINDOW):
-                check_slot_free(
-                    spots.table.adata,
-                    "obs",
-                    column,
-                    maker="segment_nuclei",
-                    note=Keys.N_NUCLEI,
-                    advice="Rename or delete what is there",
-                )
-    source = _source(sdata, slide, method, diameter_um=diameter_um, mpp=mpp, model=model, device=device)
-    nuclei = segment_slide(
-        slide,
-        source.backend,
-        mpp=source.mpp,
-        halo_px=source.halo_px,
-        n_jobs=1 if source.one_thread else n_jobs,
-        keep_names=source.keep_names,
-        progress_bar=progress_bar,
-    )
-    if len(nuclei.ids) == 0:
-        raise DataValueError(
-            f"segment_nuclei found no nuclei on image {slide.key!r} with method {source.name!r}: the image may be blank or "
-            f"out of focus, or diameter_um={diameter_um:g} does not fit. Look at it, or go on without nuclei"
-        )
-    outlines = _outlines(sdata, slide, nuclei)
-    if copy:
-        return outlines
-    labels = rasterise(nuclei) if raster else None
-    elements = {names.shapes: outlines, names.table: _features(names, nuclei)}
-    if labels is not None:
-        elements[names.labels] = _label_element(sdata, slide, nuclei, labels)
-    counts = {} if spots is None else _count(sdata, slide, spots, nuclei, labels)
+            spots.check_free()
+    source = resolve_source(sdata, slide, method, diameter_um=diameter_um, mpp=mpp, model=model, device=device)
+    grid = working_grid(slide, source.mpp)
     note = {
         "created_by": "hespotex.pp.segment_nuclei",
         "params": {**source.params, "diameter_um": diameter_um} if source.params else {},
         "method": source.name,
         "image": slide.key,
-        "mpp": nuclei.grid.mpp,
+        "mpp": grid.mpp,
     }
-    _write(sdata, names, elements, spots, counts, note)
+    counts = None if spots is None or copy else SpotCounts(sdata, slide, spots)
+    nothing = DataValueError(
+        f"segment_nuclei found no nuclei on image {slide.key!r} with method {source.name!r}: the image may be blank or out "
+        f"of focus, or diameter_um={diameter_um:g} does not fit. Look at it, or go on without nuclei"
+    )
+    with ExitStack() as stack:
+        kept = None if source.described is None else stack.enter_context(KeptRuns(lambda: source.identity(slide)))
+        found = _found(slide, source, n_jobs, client, kept, progress_bar=progress_bar)
+        if target is not None:
+            labels = _label_type(source) if raster else None
+            _to_disk(
+                NucleiStore(target, names, grid, image_transformations(sdata, slide.key), labels=labels, note=note),
+                sdata,
+                found,
+                grid,
+                spots,
+                counts,
+                note,
+                nothing,
+            )
+            return None
+        nuclei = Nuclei.concatenate(list(_fitting(found)), grid)
+        if len(nuclei) == 0:
+            raise nothing
+        outlines = outline_shapes(nuclei, image_transformations(sdata, slide.key))
+        if copy:
+            return outlines
+        elements = {names.shapes: outlines, names.table: feature_table(nuclei, names.shapes, note)}
+        image = rasterise(nuclei) if raster else None
+        if image is not None:
+            import dask.array as da
+
+            elements[names.labels] = label_element(da.from_zarr(image), grid, image_transformations(sdata, slide.key))
+        if counts is not None:
+            counts.add(nuclei)
+        _write(sdata, names, elements, spots, {} if counts is None else counts.columns(grid, image), note)
     return None
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Names of the three elements; unique across kinds, as SpatialData wants them."""
-
-    shapes: str
-
-    @property
-    def labels(self) -> str:
-        return Keys.NUCLEI_LABELS if self.shapes == Keys.NUCLEI else Keys.derived(self.shapes, "labels")
-
-    @property
-    def table(self) -> str:
-        return Keys.nuclei_table(self.shapes)
-
-    def check_free(self, sdata: SpatialData) -> None:
-        """Raise if writing would replace anything that an earlier call has not made."""
-        kinds = {self.shapes: "shapes", self.labels: "labels", self.table: "tables"}
-        ours = self.table in sdata.tables and bool(read_record(sdata.tables[self.table], self.shapes))
-        check_elements_free(sdata, kinds, key_added=self.shapes, maker="segment_nuclei", is_ours=lambda _: ours)
+def _check_free(sdata: SpatialData, names: Names) -> None:
+    """Raise if writing would replace anything that an earlier call has not made."""
+    kinds = {names.shapes: "shapes", names.labels: "labels", names.table: "tables"}
+    ours = names.table in sdata.tables and bool(read_record(sdata.tables[names.table], names.shapes))
+    check_elements_free(sdata, kinds, key_added=names.shapes, maker="segment_nuclei", is_ours=lambda _: ours)
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Where labels come from, and how blocks must be read for it."""
-
-    name: str
-    backend: Backend
-    mpp: float
-    halo_px: int
-    one_thread: bool = False
-    keep_names: bool = False
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Arguments that do the same on another slide; none for labels and functions, which belong to this one."""
-        return {"method": self.name} if self.name in METHODS else {}
-
-
-@dataclass(frozen=True, eq=False)
-class _Spots:
-    """Spots in which nuclei are counted, and the rows of the table that stand for them."""
-
-    table: AnnotatedTable
-    shapes_key: str
-    rows: np.ndarray
-    positions: np.ndarray
-    centres: np.ndarray
-
-
-def _spots(sdata: SpatialData, slide: Slide, shapes_key: str | None, table_key: str | None) -> _Spots | None:
-    try:
-        table = resolve_table(sdata, table_key=table_key, shapes_key=shapes_key)
-    except AmbiguousKeyError:
-        raise
-    except MissingKeyError:
-        if table_key is not None or (shapes_key is not None and shapes_key not in sdata.shapes):
-            raise
-        return None
-    shapes_key = shapes_key or resolve_shapes_key(sdata, table_key=table.key)
-    rows, positions = row_positions(sdata, table, shapes_key)
-    centres = shape_centres(sdata, shapes_key, slide)[positions]
-    check_on_image(slide, centres, f"shapes of {shapes_key!r}")
-    return _Spots(table, shapes_key, rows, positions, centres)
-
-
-def _source(
-    sdata: SpatialData,
+def _found(
     slide: Slide,
-    method: Method,
+    source: Source,
+    n_jobs: int | None,
+    client: Client | None,
+    kept: KeptRuns | None,
     *,
-    diameter_um: float,
-    mpp: float | None,
-    model: str | os.PathLike[str] | None,
-    device: str | None,
-) -> _Source:
-    if model is not None and method != "cellpose":
-        raise DataValueError("model= names Cellpose's weights; use it with method='cellpose'")
-    labels = _given_labels(sdata, slide, method)
-    if labels is not None:
-        return _from_labels(slide, labels, diameter_um, mpp)
-    working = max(WORKING_MPP, slide.mpp) if mpp is None else mpp
-    diameter_px = diameter_um / working
-    if diameter_px < MIN_DIAMETER_PX:
-        raise ScaleError(
-            f"at {working:.3g} µm/px a nucleus of {diameter_um:g} µm has {diameter_px:.1f} px across, and "
-            f"{MIN_DIAMETER_PX:g} are needed to tell neighbours apart; use the full-resolution image"
-            + (" or a smaller mpp=" if mpp else "")
+    progress_bar: bool | None,
+) -> Iterator[Nuclei]:
+    """Nuclei of one row of blocks after the other."""
+    if source.outlines is not None:
+        return iter_given(
+            source.outlines,
+            slide,
+            mpp=source.mpp,
+            block_px=source.block_px,
+            n_jobs=n_jobs,
+            progress_bar=progress_bar,
         )
-    if callable(method):
-        return _Source(
-            getattr(method, "__name__", type(method).__name__),
-            lambda block: method(block.pixels),
-            working,
-            int(np.ceil(CALLABLE_HALO_DIAMETERS * diameter_px)),
-            one_thread=True,
-        )
-    if method == "cellpose":
-        cellpose = CellposeSegmenter(model, diameter_px=diameter_px, device=device)
-        return _Source("cellpose", lambda block: cellpose(block.pixels), working, cellpose.halo_px, one_thread=True)
-    watershed = Watershed(diameter_px, estimate_appearance(sample_tissue(slide, working)))
-    return _Source("watershed", lambda block: watershed(block.pixels), working, watershed.halo_px)
-
-
-def _given_labels(sdata: SpatialData, slide: Slide, method: Method) -> Any:
-    """The label image that `method` is or names; ``None`` if it is a way to make one."""
-    if isinstance(method, np.ndarray):
-        return check_labels(method, "method")
-    if isinstance(method, os.PathLike):
-        return load_labels(method)
-    if callable(method) or method in METHODS:
-        return None
-    if not isinstance(method, str):
-        raise DataTypeError(
-            f"method must be one of {METHODS}, a function, a label image, or the name or path of one; got "
-            f"{type(method).__name__}"
-        )
-    if method in sdata.labels:
-        return _label_image(sdata, slide, method)
-    if method.endswith(".npy"):
-        return load_labels(method)
-    raise MissingKeyError(
-        f"method={method!r} is neither one of {METHODS}, nor among the labels {list(sdata.labels)}, nor the path of a "
-        f".npy file"
+    assert source.backend is not None
+    return iter_nuclei(
+        slide,
+        source.backend,
+        mpp=source.mpp,
+        halo_px=source.halo_px,
+        block_px=source.block_px,
+        n_jobs=1 if source.one_thread else n_jobs,
+        client=None if source.keep_names else client,
+        keep_names=source.keep_names,
+        kept=kept,
+        progress_bar=progress_bar,
     )
 
 
-def _label_image(sdata: SpatialData, slide: Slide, key: str) -> Any:
-    """The lazy array of ``labels[key]``, which has to lie on the image."""
-    from spatialdata import get_pyramid_levels
-    from xarray import DataArray
-
-    element = sdata.labels[key]
-    finest = element if isinstance(element, DataArray) else next(iter(get_pyramid_levels(element)))
-    labels = check_labels(finest.transpose("y", "x").data, f"labels {key!r}")
-    matrix = pixel_maps(sdata, slide.key).get(("labels", key))
-    if matrix is None:
-        raise GeometryError(f"labels {key!r} share no coordinate system with image {slide.key!r}")
-    corners = np.array([[0, 0], labels.shape[::-1]]) @ matrix[:2, :2].T + matrix[:2, 2]
-    if np.abs(corners - [[0, 0], slide.shape[::-1]]).max() > 0.01 * max(slide.shape):
-        raise GeometryError(
-            f"labels {key!r} do not cover image {slide.key!r}: their corners lie at {corners.round().tolist()} px of it; "
-            f"rasterise them on the image first"
-        )
-    return labels
+def _fitting(found: Iterator[Nuclei]) -> Iterator[Nuclei]:
+    """The same, until there are more of them than memory takes."""
+    count = 0
+    for nuclei in found:
+        count += len(nuclei)
+        free = available_bytes()
+        if free is not None and count * OBJECT_BYTES > SPARE * free:
+            raise DataValueError(
+                f"{count} nuclei of a part of the slide take {count * OBJECT_BYTES / 1e9:.1f} GB already, and "
+                f"{free / 1e9:.1f} GB are free. Write them to disk: "
+                f"hx.pp.segment_nuclei(..., target='nuclei.zarr'), which goes on where this stopped"
+            )
+        yield nuclei
 
 
-def _from_labels(slide: Slide, labels: Any, diameter_um: float, mpp: float | None) -> _Source:
-    if mpp is not None:
-        raise DataValueError("mpp= chooses the resolution at which nuclei are found; labels have one already")
-    shapes = [tuple(int(size) for size in level.array.shape[1:]) for level in slide.levels]
-    if tuple(labels.shape) not in shapes:
-        raise DataValueError(
-            f"the label image has {labels.shape[1]} × {labels.shape[0]} px, image {slide.key!r} has "
-            f"{slide.shape[1]} × {slide.shape[0]} (levels: {shapes}, height first); they must be equal"
-        )
-    level = slide.levels[shapes.index(tuple(labels.shape))]
-    mpp = slide.mpp * level.downsample
-    return _Source(
-        "labels",
-        lambda block: _window(labels, block.y - block.halo_px, block.x - block.halo_px, block.pixels.shape[:2]),
-        mpp,
-        int(np.ceil(LABELS_HALO_DIAMETERS * diameter_um / mpp)),
-        keep_names=True,
-    )
+def _label_type(source: Source) -> np.dtype:
+    """Type of a label image whose highest number is not known before it is written."""
+    if source.outlines is not None and source.outlines.ids.dtype.kind in "iu":
+        return label_dtype(int(source.outlines.ids.max()))
+    return np.dtype(np.int64 if source.dtype is not None and source.dtype.itemsize > 4 else np.int32)
 
 
-def _window(labels: Any, top: int, left: int, shape: tuple[int, int]) -> np.ndarray:
-    """Part of `labels` that may reach beyond them; 0 there."""
-    height, width = labels.shape
-    y0, x0 = max(top, 0), max(left, 0)
-    part = np.asarray(labels[y0 : min(top + shape[0], height), x0 : min(left + shape[1], width)])
-    window = np.zeros(shape, dtype=part.dtype)
-    window[y0 - top : y0 - top + part.shape[0], x0 - left : x0 - left + part.shape[1]] = part
-    return window
-
-
-def _count(sdata: SpatialData, slide: Slide, spots: _Spots, nuclei: Nuclei, labels: Any) -> dict[str, np.ndarray]:
-    shapes = sdata.shapes[spots.shapes_key]
-    size_um = shape_radius(sdata, spots.shapes_key, slide)
-    if (shapes.geometry.geom_type == "Point").all():
-        stored = shapes["radius"].to_numpy(dtype=np.float64)
-        radius = stored[spots.positions] * (size_um / slide.mpp / np.median(stored))
-        inside = count_in_circles(nuclei.centroids(), spots.centres, radius)
-    else:
-        polygons = shape_geometries(sdata, spots.shapes_key, slide).to_numpy()[spots.positions]
-        inside = count_in_polygons(nuclei.centroids(), polygons)
-    counts = {Keys.N_NUCLEI: inside}
-    if labels is not None:
-        # Rounded, because a diameter of 145.0000001 px, off by the arithmetic alone, must not become 146.
-        diameter_px = round(2 * size_um / nuclei.grid.mpp, 6)
-        centres = nuclei.grid.from_pixels(spots.centres).round(6)
-        counts[Keys.N_NUCLEI_WINDOW] = count_in_window(labels, centres, diameter_px)
-    return counts
-
-
-def _outlines(sdata: SpatialData, slide: Slide, nuclei: Nuclei) -> GeoDataFrame:
-    from geopandas import GeoDataFrame
-    from spatialdata.models import ShapesModel
-
-    frame = GeoDataFrame({Keys.NUCLEUS_ID: nuclei.ids}, geometry=nuclei.outlines(), index=nuclei.ids)
-    return ShapesModel.parse(frame, transformations=image_transformations(sdata, slide.key))
-
-
-def _label_element(sdata: SpatialData, slide: Slide, nuclei: Nuclei, raster: Any) -> Any:
-    import dask.array as da
-    from spatialdata.models import Labels2DModel
-    from spatialdata.transformations import Scale, Sequence
-
-    scale = Scale(list(nuclei.grid.factor), axes=("x", "y"))
-    unscaled = nuclei.grid.factor == (1.0, 1.0)
-    transformations = {
-        name: transformation if unscaled else Sequence([scale, transformation])
-        for name, transformation in image_transformations(sdata, slide.key).items()
-    }
-    return Labels2DModel.parse(da.from_zarr(raster), dims=("y", "x"), transformations=transformations)
-
-
-def _features(names: _Names, nuclei: Nuclei) -> AnnData:
-    import pandas as pd
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    obs = pd.DataFrame(
-        {Keys.REGION: pd.Categorical([names.shapes] * len(nuclei.ids)), Keys.NUCLEUS_ID: nuclei.ids},
-        index=pd.Index(nuclei.ids.astype(str)),
-    )
-    adata = AnnData(
-        nuclei.regions.features,
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(list(FEATURES))),
-        obsm={Keys.SPATIAL: nuclei.centroids()},
-    )
-    table = TableModel.parse(adata, region=names.shapes, region_key=Keys.REGION, instance_key=Keys.NUCLEUS_ID)
-    mark_table(table, "nuclei")
-    return table
+def _to_disk(
+    store: NucleiStore,
+    sdata: SpatialData,
+    found: Iterator[Nuclei],
+    grid: WorkingGrid,
+    spots: Spots | None,
+    counts: SpotCounts | None,
+    note: dict[str, Any],
+    nothing: DataValueError,
+) -> None:
+    number = 0
+    with store:
+        for nuclei in found:
+            store.write(nuclei)
+            number += len(nuclei)
+            if counts is not None:
+                counts.add(nuclei)
+            del nuclei  # before the next ones are made
+        if not number:
+            raise nothing
+        columns = {} if counts is None else counts.columns(grid, store.raster)
+    if spots is not None:
+        with restored_on_error(sdata):
+            spots.write(columns)
+            record(spots.table.adata, Keys.N_NUCLEI, **note)
+    logger.info("segment_nuclei: %d nuclei; wrote %s", number, store.path)
 
 
 def _write(
     sdata: SpatialData,
-    names: _Names,
+    names: Names,
     elements: dict[str, Any],
-    spots: _Spots | None,
+    spots: Spots | None,
     counts: dict[str, np.ndarray],
     note: dict[str, Any],
 ) -> None:
-    record(elements[names.table], names.shapes, **note)
     with restored_on_error(sdata):
         for name in (names.table, names.labels, names.shapes):
             if name in sdata:
@@ -465,10 +348,7 @@ def _write(
             if name in elements:
                 sdata[name] = elements[name]
         if spots is not None:
-            for name, values in counts.items():
-                spots.table.adata.obs[name] = _column(spots, name, values)
-            if Keys.N_NUCLEI_WINDOW not in counts and Keys.N_NUCLEI_WINDOW in spots.table.adata.obs:
-                del spots.table.adata.obs[Keys.N_NUCLEI_WINDOW]  # of other nuclei than those now stored
+            spots.write(counts)
             record(spots.table.adata, Keys.N_NUCLEI, **note)
     logger.info(
         "segment_nuclei: %d nuclei; wrote shapes[%r], tables[%r]%s%s",
@@ -480,14 +360,3 @@ def _write(
         if spots is not None
         else "; there is no table to count for",
     )
-
-
-def _column(spots: _Spots, name: str, values: np.ndarray) -> np.ndarray:
-    """`values` in their rows; those of other regions stay as they are, or are missing."""
-    obs = spots.table.adata.obs
-    if len(spots.rows) == len(obs):
-        column = np.empty(len(obs), dtype=np.int64)
-    else:
-        column = obs[name].to_numpy(dtype=np.float64).copy() if name in obs else np.full(len(obs), np.nan)
-    column[spots.rows] = values
-    return column.astype(np.int64) if np.isfinite(column).all() else column

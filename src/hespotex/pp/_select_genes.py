@@ -12,6 +12,7 @@ from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.bridge import as_list
 from ..data.counts import counts_of, library_size
+from ..data.lazy_counts import as_lazy, is_lazy
 from ..data.panel import Method, PanelSource, choose_panel
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table
@@ -47,7 +48,8 @@ def select_genes(
     Parameters
     ----------
     sdatas
-        One or many sections with raw counts.
+        One or many sections with raw counts, in memory or on disk (:func:`hespotex.io.read_lazy`). Where genes have to be
+        ranked, those on disk are read into memory as a sparse matrix.
     method
         ``"hvg"``
             the union over sections of their `n_top` highly variable genes (scanpy's ``seurat_v3`` on raw
@@ -161,7 +163,7 @@ def panel_sources(
 ) -> list[PanelSource]:
     """One source of a panel for each region of `table`."""
     adata = table.adata
-    counts = counts_of(adata, layer, f"section {name!r}")
+    counts = counts_of(adata, layer, f"section {name!r}", lazy=True)
     if graph_key is not None and graph_key not in adata.obsp:
         raise MissingKeyError(f"obsp[{graph_key!r}] is missing; make it with hx.pp.spatial_graph(sdata)")
     graph = None if graph_key is None else adata.obsp[graph_key]
@@ -169,7 +171,7 @@ def panel_sources(
     for code in np.unique(table.region):
         rows = np.flatnonzero(table.region == code)
         whole = len(rows) == adata.n_obs
-        own = counts if whole else counts[rows]
+        own = counts if whole else as_lazy(counts).take(rows=rows) if is_lazy(counts) else counts[rows]
         sources.append(
             PanelSource(
                 own,

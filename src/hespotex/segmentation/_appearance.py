@@ -8,7 +8,7 @@ import numpy as np
 
 from ..image.color import optical_density
 
-__all__ = ["Appearance", "estimate_appearance", "nuclear_density", "otsu"]
+__all__ = ["Appearance", "density_table", "estimate_appearance", "nuclear_density", "otsu"]
 
 WHITE_PERCENTILE = 90.0
 TOP_PERCENTILE = 95.0
@@ -49,10 +49,11 @@ def nuclear_density(rgb: np.ndarray, white: float) -> np.ndarray:
     haematoxylin's 65 %). Unmixing all three channels removes that rest, but adds the noise and the colour error of
     green and blue: on stained nuclei with outlines by experts it costs 0.03 of F1.
     """
-    return np.take(_density_table(white), rgb[..., 0])
+    return np.take(density_table(white), rgb[..., 0])
 
 
-def _density_table(white: float) -> np.ndarray:
+def density_table(white: float) -> np.ndarray:
+    """Density of the 256 values of red, (256,) float32."""
     grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     return optical_density(grey, white=white)[:, 0]
 
@@ -69,7 +70,7 @@ def estimate_appearance(rgb: np.ndarray) -> Appearance:
     red = rgb[..., 0].ravel()
     counts = np.bincount(red, minlength=256).astype(np.float64)
     white = float(_percentile(counts, np.arange(256.0), WHITE_PERCENTILE))
-    density = _density_table(max(white, 1.0))
+    density = density_table(max(white, 1.0))
     # From here on along rising density.
     order = np.argsort(density, kind="stable")
     counts, density = counts[order], density[order].astype(np.float64)

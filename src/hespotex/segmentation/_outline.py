@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..image.color import haematoxylin as haematoxylin_of
+from ..errors import DataValueError
+from ..image.color import stain_tables
 
-__all__ = ["FEATURES", "Regions", "measure_regions"]
+__all__ = ["FEATURES", "SIMPLIFY_UM", "Regions", "measure_regions", "simplify_outlines"]
 
 FEATURES = (
     "area_um2",
@@ -21,6 +22,11 @@ FEATURES = (
     "mean_haematoxylin",
     "std_haematoxylin",
 )
+
+SIMPLIFY_UM = 0.25
+_MAX_SIMPLIFY_PX = 0.5
+_LEFT, _TOP, _RIGHT, _BOTTOM = range(6, 10)  # columns of the sums
+_MAX_AREA_CHANGE = 0.02  # by simplification; tiny regions that would lose more keep their steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,29 +59,6 @@ class Regions:
     def __len__(self) -> int:
         return len(self.masks)
 
-    def take(self, rows: np.ndarray) -> Regions:
-        """Some of the regions, in the order of `rows`."""
-        return Regions(
-            self.names[rows],
-            self.boxes[rows],
-            [self.masks[row] for row in rows],
-            self.centroids[rows],
-            self.polygons[rows],
-            self.features[rows],
-        )
-
-    @classmethod
-    def concatenate(cls, parts: list[Regions]) -> Regions:
-        """All regions of `parts`, one after the other."""
-        return cls(
-            np.concatenate([part.names for part in parts]),
-            np.concatenate([part.boxes for part in parts]),
-            [mask for part in parts for mask in part.masks],
-            np.concatenate([part.centroids for part in parts]),
-            np.concatenate([part.polygons for part in parts]),
-            np.concatenate([part.features for part in parts]),
-        )
-
 
 def measure_regions(
     labels: np.ndarray,
@@ -83,6 +66,8 @@ def measure_regions(
     mpp: float,
     keep: tuple[slice, slice] | None = None,
     origin: tuple[int, int] = (0, 0),
+    *,
+    simplify_um: float = SIMPLIFY_UM,
 ) -> Regions:
     """Outline and measure the regions of a label image.
 
@@ -98,69 +83,181 @@ def measure_regions(
         Only regions whose centroid lies in these rows and columns.
     origin
         Position (y, x) of the first pixel: added to all coordinates.
-    """
-    from scipy import ndimage
+    simplify_um
+        Tolerance in µm within which outlines are simplified, see :func:`simplify_outlines`; 0 leaves the line through the
+        middles of pixel sides. More than half a pixel counts as that. Features are of the full outline.
 
+    Raises
+    ------
+    DataValueError
+        If `simplify_um` is not a number of at least 0.
+    """
+    from ._components import region_sums
+    from ._trace import trace_outlines
+
+    if not (np.isfinite(simplify_um) and simplify_um >= 0):
+        raise DataValueError(f"simplify_um={simplify_um!r} must be a number of µm, 0 for full outlines")
     names, compact = _compact(labels)
-    moments = _moments(compact, len(names))
-    inside = np.ones(len(names), dtype=bool)
+    if not len(names):
+        return _nothing()
+    sums = region_sums(compact, len(names))
+    moments = _moments(sums, origin)
+    wanted = np.ones(len(sums), dtype=bool)
     if keep is not None:
-        rows, columns = keep
+        # In coordinates that all blocks share, so that no rounding gives a region to two of them or to none.
+        (top, bottom), (left, right) = (
+            (part.start + first, part.stop + first) for part, first in zip(keep, origin, strict=True)
+        )
         y, x = moments["y"], moments["x"]
-        inside = (y >= rows.start) & (y < rows.stop) & (x >= columns.start) & (x < columns.stop)
-    kept = np.flatnonzero(inside)
-    slices = ndimage.find_objects(compact, len(names))
-    masks = [compact[slices[index]] == index + 1 for index in kept]
-    boxes = np.array(
-        [[slices[i][0].start, slices[i][1].start, slices[i][0].stop, slices[i][1].stop] for i in kept], dtype=np.int64
-    ).reshape(-1, 4)
-    boxes += np.array([*origin, *origin])
-    polygons = _polygons(masks, boxes)
-    features = _features(compact, rgb, {name: values[kept] for name, values in moments.items()}, kept, polygons, mpp)
-    centroids = np.column_stack([moments["x"], moments["y"]])[kept] + np.array([origin[1], origin[0]])
-    return Regions(names[kept], boxes, masks, centroids, polygons, features)
+        wanted = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    wanted[0] = False
+    kept = np.flatnonzero(wanted)
+    boxes = sums[kept][:, [_TOP, _LEFT, _BOTTOM, _RIGHT]] + np.array([0, 0, 1, 1])
+    masks = [
+        compact[top:bottom, left:right] == name
+        for name, (top, left, bottom, right) in zip(kept.tolist(), boxes.tolist(), strict=True)
+    ]
+    vertices, starts, lengths, turns = trace_outlines(compact, wanted)
+    outlines = _Outlines.of(vertices, starts[kept], lengths[kept], turns[kept])
+    features = _features(compact, rgb, {name: values[kept] for name, values in moments.items()}, kept, outlines, mpp)
+    shift = np.array([origin[1], origin[0]])
+    return Regions(
+        names[kept - 1],
+        boxes + np.array([*origin, *origin]),
+        masks,
+        np.column_stack([moments["x"], moments["y"]])[kept],
+        simplify_outlines(outlines.polygons(shift), simplify_um / mpp),
+        features,
+    )
+
+
+def _nothing() -> Regions:
+    return Regions(
+        names=np.empty(0, dtype=np.int64),
+        boxes=np.empty((0, 4), dtype=np.int64),
+        masks=[],
+        centroids=np.empty((0, 2)),
+        polygons=np.empty(0, dtype=object),
+        features=np.empty((0, len(FEATURES)), dtype=np.float32),
+    )
+
+
+def simplify_outlines(polygons: np.ndarray, tolerance_px: float) -> np.ndarray:
+    """Polygons with fewer vertices, by Douglas and Peucker's algorithm.
+
+    Parameters
+    ----------
+    polygons
+        (n,) shapely polygons without holes.
+    tolerance_px
+        How far a vertex that is left out may lie from the line that remains (half as far again where the ring begins);
+        more than half a pixel counts as that. Polygons that would become invalid or change their area by over 2 % are done
+        with half of it, or stay as they are.
+
+    Examples
+    --------
+    >>> import numpy as np, shapely
+    >>> disc = np.array([shapely.Point(0, 0).buffer(8, 64)])
+    >>> print(shapely.get_num_coordinates(disc), shapely.get_num_coordinates(simplify_outlines(disc, 0.25)))
+    [257] [33]
+    """
+    import shapely
+
+    out = polygons.copy()
+    tolerance = min(tolerance_px, _MAX_SIMPLIFY_PX)
+    left = np.arange(len(out))
+    for step in (tolerance, tolerance / 2):
+        if step == 0 or not len(left):
+            break
+        full = polygons[left]
+        simple = shapely.simplify(full, step, preserve_topology=False)
+        change = np.abs(shapely.area(simple) / shapely.area(full) - 1)
+        good = (change <= _MAX_AREA_CHANGE) & shapely.is_valid(simple)
+        out[left[good]] = simple[good]
+        left = left[~good]
+    return out
 
 
 def _compact(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, rising, and the image with them numbered 1…n."""
-    names, inverse = np.unique(labels, return_inverse=True)
-    real = names != 0
+    highest = int(labels.max(initial=0))
+    if highest <= labels.size:
+        occurs = np.zeros(highest + 1, dtype=bool)
+        occurs[labels] = True
+        occurs[0] = False
+        names = np.flatnonzero(occurs)
+        if len(names) == highest:
+            return names, labels.astype(np.int32, copy=False)
+        return names, np.where(occurs, np.cumsum(occurs), 0).astype(np.int32)[labels]
+    found, inverse = np.unique(labels, return_inverse=True)
+    real = found != 0
     number = np.where(real, np.cumsum(real), 0).astype(np.int32)
-    return names[real].astype(np.int64), number[inverse.reshape(labels.shape)]
+    return found[real].astype(np.int64), number[inverse.reshape(labels.shape)]
 
 
-def _moments(labels: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Area, centre of mass (in pixels that cover [i, i + 1)) and variances of each region."""
-    pixels = np.flatnonzero(labels)
-    names = labels.ravel()[pixels] - 1
-    y, x = (axis + 0.5 for axis in np.divmod(pixels, labels.shape[1]))
-    area = np.bincount(names, minlength=count).astype(np.float64)
-    mean_y, mean_x = (np.bincount(names, axis, count) / area for axis in (y, x))
-    y, x = y - mean_y[names], x - mean_x[names]
+def _moments(sums: np.ndarray, origin: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Area, centre of mass (in pixels that cover [i, i + 1)) and variances of each region, from its whole sums.
+
+    Centres are moved by `origin` (y, x) before anything is divided: they are the same bits from whatever block.
+    """
+    area, x, y, xx, yy, xy = np.maximum(sums[:, :6], [1, 0, 0, 0, 0, 0]).T
+    square = area.astype(np.float64) ** 2
     return {
-        "area": area,
-        "y": mean_y,
-        "x": mean_x,
-        "yy": np.bincount(names, y * y, count) / area + 1 / 12,
-        "xx": np.bincount(names, x * x, count) / area + 1 / 12,
-        "xy": np.bincount(names, x * y, count) / area,
+        "area": area.astype(np.float64),
+        "y": (y + area * origin[0]) / area + 0.5,
+        "x": (x + area * origin[1]) / area + 0.5,
+        # Differences of whole numbers: nothing is lost, wherever in the image a region lies.
+        "yy": (area * yy - y * y) / square + 1 / 12,
+        "xx": (area * xx - x * x) / square + 1 / 12,
+        "xy": (area * xy - x * y) / square,
     }
 
 
-def _polygons(masks: list[np.ndarray], boxes: np.ndarray) -> np.ndarray:
-    """Outlines of the masks, made in one call for all."""
-    from shapely import linearrings, polygons
-    from skimage.measure import find_contours
+@dataclass(frozen=True, eq=False)
+class _Outlines:
+    """Outlines through the middles of pixel sides, one after the other.
 
-    if not masks:
-        return np.empty(0, dtype=object)
-    rings = []
-    for mask, (top, left, _, _) in zip(masks, boxes.tolist(), strict=True):
-        ring = max(find_contours(np.pad(mask, 1).astype(np.float32), 0.5), key=len)
-        # The centre of pixel i lies at i + 0.5, and the padding moved it by one.
-        rings.append(ring[:, ::-1] + (left - 0.5, top - 0.5))
-    owner = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
-    return polygons(linearrings(np.concatenate(rings), indices=owner))
+    Attributes
+    ----------
+    vertices
+        Twice (x, y), (m, 2) int32.
+    owner
+        Which region each belongs to, rising, (m,).
+    lengths, turns
+        Vertices and corners of each region's.
+    """
+
+    vertices: np.ndarray
+    owner: np.ndarray
+    lengths: np.ndarray
+    turns: np.ndarray
+
+    @classmethod
+    def of(cls, vertices: np.ndarray, starts: np.ndarray, lengths: np.ndarray, turns: np.ndarray) -> _Outlines:
+        """Those that begin at `starts`, in that order."""
+        owner = np.repeat(np.arange(len(starts)), lengths)
+        first = np.cumsum(lengths) - lengths
+        return cls(vertices[np.arange(len(owner)) + (starts - first)[owner]], owner, lengths, turns)
+
+    def polygons(self, shift: np.ndarray) -> np.ndarray:
+        """As polygons, in pixels, moved by `shift` (x, y)."""
+        from shapely import linearrings, polygons
+
+        if not len(self.lengths):
+            return np.empty(0, dtype=object)
+        return polygons(linearrings(self.vertices / 2 + shift, indices=self.owner))
+
+    def perimeters(self) -> np.ndarray:
+        """Lengths in pixels: a step along a side is 1 long, one across a corner the root of a half."""
+        return self.lengths - self.turns * (1 - np.sqrt(0.5))
+
+    def areas(self) -> np.ndarray:
+        """Areas in pixels, by the shoelace formula in whole numbers."""
+        x, y = self.vertices.T.astype(np.int64)
+        following = np.arange(1, len(self.owner) + 1)
+        following[np.cumsum(self.lengths) - 1] = np.cumsum(self.lengths) - self.lengths
+        cross = x * y[following] - x[following] * y
+        return np.add.reduceat(cross, np.cumsum(self.lengths) - self.lengths) / 8
 
 
 def _features(
@@ -168,20 +265,18 @@ def _features(
     rgb: np.ndarray,
     moments: dict[str, np.ndarray],
     kept: np.ndarray,
-    polygons: np.ndarray,
+    outlines: _Outlines,
     mpp: float,
 ) -> np.ndarray:
-    from shapely import area as area_of
-    from shapely import convex_hull, length
+    from ._trace import hull_areas, sum_dye
 
     if not len(kept):
         return np.zeros((0, len(FEATURES)), dtype=np.float32)
     half_trace = (moments["xx"] + moments["yy"]) / 2
     root = np.sqrt(((moments["xx"] - moments["yy"]) / 2) ** 2 + moments["xy"] ** 2)
     large, small = half_trace + root, np.maximum(half_trace - root, 1e-9)
-    perimeter = length(polygons)
-    outline = area_of(polygons)
-    haematoxylin, squared = _mean_haematoxylin(labels, rgb, kept, moments["area"])
+    perimeter, outline = outlines.perimeters(), outlines.areas()
+    haematoxylin, squared = sum_dye(labels, rgb, stain_tables()[0], int(labels.max()))[:, kept] / moments["area"]
     columns = {
         "area_um2": moments["area"] * mpp**2,
         "perimeter_um": perimeter * mpp,
@@ -189,18 +284,8 @@ def _features(
         "minor_axis_um": 4 * np.sqrt(small) * mpp,
         "eccentricity": np.sqrt(1 - small / large),
         "circularity": 4 * np.pi * outline / perimeter**2,
-        "solidity": outline / area_of(convex_hull(polygons)),
+        "solidity": outline / hull_areas(outlines.vertices, outlines.lengths),
         "mean_haematoxylin": haematoxylin,
         "std_haematoxylin": np.sqrt(np.maximum(squared - haematoxylin**2, 0)),
     }
     return np.column_stack([columns[name] for name in FEATURES]).astype(np.float32)
-
-
-def _mean_haematoxylin(
-    labels: np.ndarray, rgb: np.ndarray, kept: np.ndarray, area: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean amount of haematoxylin in the regions kept, and mean of its square."""
-    pixels = np.flatnonzero(labels)
-    names = labels.ravel()[pixels] - 1
-    amount = haematoxylin_of(rgb.reshape(-1, 3)[pixels]).astype(np.float64)
-    return np.bincount(names, amount)[kept] / area, np.bincount(names, amount**2)[kept] / area

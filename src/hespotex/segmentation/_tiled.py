@@ -3,66 +3,43 @@
 A block is read with its surroundings; of what is found, it keeps the nuclei whose centroid lies in its core, whole,
 also where they reach beyond it. So nothing is cut at a seam, and nothing is found twice unless the backend sees the
 same nucleus differently from two sides; such pairs are recognised by their overlap.
+
+Blocks are worked on in runs, which are what travels to a cluster and what is kept in case of an interruption. Runs end
+with a row of blocks, and a row is merged as soon as it is there: nothing grows with the slide but the result.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._settings import settings
+from .._tasks import iter_tasks
 from ..errors import DataTypeError, DataValueError, HespotexWarning
-from ..image.stream import Block, WorkingGrid, iter_blocks, working_grid
-from ._outline import Regions, measure_regions
+from ..image.stream import Block, block_corners, iter_blocks, working_grid
+from ._merge import Merger
+from ._nuclei import Nuclei
+from ._outline import measure_regions
+from ._packed import PackedRegions
 from .labels import check_numbers
 
 if TYPE_CHECKING:
-    import zarr
+    from distributed import Client
 
     from ..data.geometry import Slide
+    from ._kept import KeptRuns
 
-__all__ = ["Nuclei", "rasterise", "segment_slide"]
+__all__ = ["BLOCK_PX", "Backend", "iter_nuclei", "segment_slide"]
 
 BLOCK_PX = 1024
-_CHUNK_PX = 1024
+_RUN_BLOCKS = 8  # some seconds of one thread
 
 #: A function of a block that returns its label image, the surroundings included.
 Backend = Callable[[Block], np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Nuclei:
-    """Nuclei of a slide.
-
-    Attributes
-    ----------
-    ids
-        Id of each, unique and not 0, (n,) int64.
-    regions
-        Their outlines and measures in pixels of `grid`.
-    grid
-        The working grid.
-    """
-
-    ids: np.ndarray
-    regions: Regions
-    grid: WorkingGrid
-
-    def centroids(self) -> np.ndarray:
-        """Centres (x, y) in level-0 pixels, (n, 2)."""
-        return self.grid.to_pixels(self.regions.centroids)
-
-    def outlines(self) -> np.ndarray:
-        """Polygons in level-0 pixels, (n,)."""
-        from shapely import transform
-
-        return transform(self.regions.polygons, self.grid.to_pixels)
+_Part = tuple[PackedRegions, int]  # and how many of them the window cuts
 
 
 def segment_slide(
@@ -73,17 +50,47 @@ def segment_slide(
     halo_px: int,
     block_px: int = BLOCK_PX,
     n_jobs: int | None = None,
+    client: Client | None = None,
     keep_names: bool = False,
     progress_bar: bool | None = None,
 ) -> Nuclei:
-    """Find the nuclei of a slide.
+    """Find the nuclei of a slide; parameters are those of :func:`iter_nuclei`."""
+    grid = working_grid(slide, mpp)
+    rows = iter_nuclei(
+        slide,
+        backend,
+        mpp=mpp,
+        halo_px=halo_px,
+        block_px=block_px,
+        n_jobs=n_jobs,
+        client=client,
+        keep_names=keep_names,
+        progress_bar=progress_bar,
+    )
+    return Nuclei.concatenate(list(rows), grid)
+
+
+def iter_nuclei(
+    slide: Slide,
+    backend: Backend,
+    *,
+    mpp: float,
+    halo_px: int,
+    block_px: int = BLOCK_PX,
+    n_jobs: int | None = None,
+    client: Client | None = None,
+    keep_names: bool = False,
+    kept: KeptRuns | None = None,
+    progress_bar: bool | None = None,
+) -> Iterator[Nuclei]:
+    """Find the nuclei of a slide, one row of blocks after the other.
 
     Parameters
     ----------
     slide
         As :func:`hespotex.data.geometry.resolve_slide` gives it.
     backend
-        Label image of a block; with `n_jobs` above 1 called in several threads.
+        Label image of a block; with `n_jobs` above 1 called in several threads, with `client` in other processes.
     mpp
         Working resolution in µm per pixel.
     halo_px
@@ -92,64 +99,130 @@ def segment_slide(
         Side of a block. It bounds memory and does not change the result.
     n_jobs
         Blocks worked on at a time; the setting by default.
+    client
+        A dask cluster to work on: there each run of blocks reads its own pixels. The result is the same.
     keep_names
         Whether labels mean the same in all blocks: they become the ids. Else ids are 1…n, along rows.
+    kept
+        Results of an interrupted run, and where to keep those of this one.
     progress_bar
         The setting by default.
+
+    Yields
+    ------
+    The nuclei of each row of blocks that has some, along rows of pixels.
     """
     if block_px < 1 or halo_px < 1:
         raise DataValueError(f"block_px={block_px!r} and halo_px={halo_px!r} must be positive")
-    blocks = iter_blocks(slide, mpp=mpp, block_px=block_px, halo_px=halo_px, progress_bar=progress_bar)
     grid = working_grid(slide, mpp)
-    parts = list(_in_threads(lambda block: _segment_block(block, backend), blocks, n_jobs or settings.n_jobs))
-    regions = Regions.concatenate([part for part, _ in parts])
-    if cut := sum(count for _, count in parts):
+    runs = _runs(block_corners(grid, block_px))
+    reading = {"mpp": mpp, "block_px": block_px, "halo_px": halo_px}
+    merger = Merger(block_px, halo_px, by_name=keep_names)
+    results = _results(
+        slide, backend, runs, reading, n_jobs or settings.n_jobs, client, kept, progress_bar=progress_bar
+    )
+    found = cut = 0
+    parts: list[PackedRegions] = []
+    for number, (run, (regions, n_cut)) in enumerate(zip(runs, results, strict=True)):
+        parts.append(regions)
+        cut += n_cut
+        if number + 1 < len(runs) and runs[number + 1][0, 0] == run[0, 0]:
+            continue  # the row of blocks goes on
+        del regions
+        merged = merger.add(int(run[0, 0]) // block_px, parts)
+        if len(merged):
+            ids = merged.names if keep_names else np.arange(found + 1, found + len(merged) + 1)
+            found += len(merged)
+            yield Nuclei(ids=ids, regions=merged, grid=grid)
+        del merged  # a row of a wide slide is tens of MB
+    if cut:
         warnings.warn(
             f"{cut} nuclei reach further than {halo_px} px ({halo_px * grid.mpp:.0f} µm) from their block and were cut; "
             f"raise diameter_um if nuclei are that large",
             HespotexWarning,
             stacklevel=4,
         )
-    # An order that does not depend on blocks: along rows of pixels.
-    y, x = np.floor(regions.centroids[:, 1]), regions.centroids[:, 0]
-    regions = regions.take(np.lexsort((x, y)))
-    regions = regions.take(_without_doubles(regions, block_px, by_name=keep_names))
-    ids = regions.names if keep_names else np.arange(1, len(regions) + 1)
-    return Nuclei(ids=ids, regions=regions, grid=grid)
 
 
-def rasterise(nuclei: Nuclei) -> zarr.Array:
-    """Label image of `nuclei` on their grid: a chunked, compressed array in memory, a few bytes per nucleus pixel.
+def _runs(corners: np.ndarray) -> list[np.ndarray]:
+    """Blocks that follow each other in a row, by their corners (y, x), up to 8 of them (n, 2)."""
+    rows = np.split(corners, np.flatnonzero(np.diff(corners[:, 0])) + 1)
+    return [part for row in rows for part in np.array_split(row, -(-len(row) // _RUN_BLOCKS))]
 
-    Where two nuclei overlap, pixels belong to the first.
+
+def _results(
+    slide: Slide,
+    backend: Backend,
+    runs: list[np.ndarray],
+    reading: dict[str, float],
+    n_jobs: int,
+    client: Client | None,
+    kept: KeptRuns | None,
+    *,
+    progress_bar: bool | None,
+) -> Iterator[_Part]:
+    """Regions of each run, in order: those kept, and those computed now."""
+    from tqdm.auto import tqdm
+
+    held = [kept is not None and kept.holds(number) for number in range(len(runs))]
+    missing = [run for run, there in zip(runs, held, strict=True) if not there]
+    if client is None:
+        computed = _computed_here(slide, backend, missing, reading, n_jobs)
+    else:
+        shared = {"slide": slide, "backend": backend, "reading": reading}
+        computed = iter_tasks(_segment_run, missing, shared=shared, client=client)
+    show = settings.progress_bar if progress_bar is None else progress_bar
+    total = sum(map(len, runs))
+    with tqdm(total=total, unit="block", desc="nuclei", disable=not show or total < 2) as bar:
+        for number, run in enumerate(runs):
+            part = kept.load(number) if kept is not None and held[number] else None
+            if part is None and held[number]:  # somebody deleted it since
+                part = _segment_run(run, slide=slide, backend=backend, reading=reading)
+            elif part is None:
+                part = next(computed)
+                if kept is not None:
+                    kept.save(number, *part)
+            yield part
+            bar.update(len(run))
+
+
+def _computed_here(
+    slide: Slide, backend: Backend, runs: list[np.ndarray], reading: dict[str, float], n_jobs: int
+) -> Iterator[_Part]:
+    """Regions of runs, computed in threads that one reader feeds."""
+    blocks = (block for part in _streams(runs) for block in _read(slide, part, reading))
+    results = iter_tasks(_segment_block, blocks, shared={"backend": backend}, n_jobs=n_jobs)
+    for run in runs:
+        yield _joined([next(results) for _ in run])
+
+
+def _streams(runs: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Runs that are read together, by the corners of their blocks.
+
+    Chunks of the image that two rows of blocks share are decoded once, but have to be held in between. On wide slides
+    that is more memory than decoding them again is time: each run is read by itself there.
     """
-    import zarr
-
-    height, width = nuclei.grid.shape
-    dtype = np.int32 if nuclei.ids.max(initial=0) <= np.iinfo(np.int32).max else np.int64
-    raster = zarr.create_array(
-        zarr.storage.MemoryStore(),
-        shape=(height, width),
-        chunks=(min(_CHUNK_PX, height), min(_CHUNK_PX, width)),
-        dtype=dtype,
-        fill_value=0,
-    )
-    top, left, bottom, right = nuclei.regions.boxes.T
-    for start in range(0, height, _CHUNK_PX):
-        stop = min(start + _CHUNK_PX, height)
-        strip = np.zeros((stop - start, width), dtype=dtype)
-        for row in np.flatnonzero((top < stop) & (bottom > start)):
-            upper, lower = max(top[row], start), min(bottom[row], stop)
-            near, far = max(left[row], 0), min(right[row], width)
-            mask = nuclei.regions.masks[row][upper - top[row] : lower - top[row], near - left[row] : far - left[row]]
-            place = strip[upper - start : lower - start, near:far]
-            place[mask & (place == 0)] = nuclei.ids[row]
-        if strip.any():
-            raster[start:stop] = strip
-    return raster
+    wide = any((run[0, 0] == after[0, 0]) for run, after in zip(runs, runs[1:], strict=False))
+    if wide:
+        yield from runs
+    elif runs:
+        yield np.concatenate(runs)
 
 
-def _segment_block(block: Block, backend: Backend) -> tuple[Regions, int]:
+def _read(slide: Slide, corners: np.ndarray, reading: dict[str, float]) -> Iterator[Block]:
+    return iter_blocks(slide, corners=corners, progress_bar=False, **reading)  # type: ignore[arg-type]
+
+
+def _segment_run(corners: np.ndarray, *, slide: Slide, backend: Backend, reading: dict[str, float]) -> _Part:
+    """Regions of a run of blocks, whose pixels are read here."""
+    return _joined([_segment_block(block, backend=backend) for block in _read(slide, corners, reading)])
+
+
+def _joined(parts: Sequence[_Part]) -> _Part:
+    return PackedRegions.concatenate([regions for regions, _ in parts]), sum(cut for _, cut in parts)
+
+
+def _segment_block(block: Block, *, backend: Backend) -> _Part:
     """Regions whose centroid lies in the core, on the grid; and how many of them the window cuts."""
     labels = np.asarray(backend(block))
     if labels.shape != block.pixels.shape[:2]:
@@ -162,7 +235,7 @@ def _segment_block(block: Block, backend: Backend) -> tuple[Regions, int]:
     origin = (block.y - block.halo_px, block.x - block.halo_px)
     regions = measure_regions(labels, block.pixels, block.grid.mpp, block.core, origin)
     window = np.array([*origin, origin[0] + labels.shape[0], origin[1] + labels.shape[1]])
-    return regions, int((regions.boxes == window).any(axis=1).sum())
+    return PackedRegions.pack(regions), int((regions.boxes == window).any(axis=1).sum())
 
 
 def _on_grid(labels: np.ndarray, block: Block) -> np.ndarray:
@@ -173,43 +246,3 @@ def _on_grid(labels: np.ndarray, block: Block) -> np.ndarray:
     inside = np.zeros(labels.shape, dtype=bool)
     inside[rows, columns] = True
     return labels if inside.all() else np.where(inside, labels, 0)
-
-
-def _in_threads(
-    function: Callable[[Block], tuple[Regions, int]], blocks: Iterator[Block], n_jobs: int
-) -> Iterator[tuple[Regions, int]]:
-    """Results in order, with at most one block more in memory than is worked on."""
-    if n_jobs == 1:
-        yield from map(function, blocks)
-        return
-    waiting: deque[Future[tuple[Regions, int]]] = deque()
-    with ThreadPoolExecutor(n_jobs) as pool:
-        try:
-            for block in blocks:
-                waiting.append(pool.submit(function, block))
-                if len(waiting) > n_jobs:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _without_doubles(regions: Regions, block_px: int, *, by_name: bool) -> np.ndarray:
-    """Rows of `regions` without those that show a nucleus again that an earlier row shows."""
-    if by_name:
-        return np.sort(np.unique(regions.names, return_index=True)[1])
-    from shapely import STRtree, intersection
-    from shapely import area as area_of
-
-    # Only at seams can blocks disagree.
-    first, last = regions.boxes[:, :2] // block_px, (regions.boxes[:, 2:] - 1) // block_px
-    seam = np.flatnonzero((first != last).any(axis=1) | (regions.boxes % block_px == 0).any(axis=1))
-    polygons = regions.polygons[seam]
-    one, other = STRtree(polygons).query(polygons, predicate="intersects")
-    one, other = one[one < other], other[one < other]
-    shared = area_of(intersection(polygons[one], polygons[other]))
-    smaller = np.minimum(area_of(polygons[one]), area_of(polygons[other]))
-    doubles = seam[other[shared > smaller / 2]]
-    return np.setdiff1d(np.arange(len(regions)), doubles)

@@ -69,7 +69,9 @@ class CellposeSegmenter:
     ) -> None:
         self.diameter_px = diameter_px
         self.eval_options = eval_options
-        self._model = model if hasattr(model, "eval") else _load(find_weights(model), device)
+        self._device = device
+        self.path = None if hasattr(model, "eval") else find_weights(model)
+        self._model: Any = model if self.path is None else _load(self.path, device)
 
     @property
     def halo_px(self) -> int:
@@ -79,8 +81,14 @@ class CellposeSegmenter:
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """Label image (h, w) of an (h, w, 3) uint8 image."""
         check_rgb(rgb)
+        if self._model is None and self.path is not None:
+            self._model = _load(self.path, self._device)
         masks, *_ = self._model.eval(rgb, channel_axis=-1, diameter=self.diameter_px, **self.eval_options)
         return np.asarray(masks).astype(np.int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A network does not travel; the worker of a cluster loads it from where it is.
+        return {**self.__dict__, "_model": self._model if self.path is None else None}
 
 
 def _load(path: Path, device: str | None) -> Any:

@@ -8,7 +8,7 @@ from ..errors import DataValueError
 
 __all__ = ["count_in_circles", "count_in_polygons", "count_in_window"]
 
-_BAND_PX = 1024
+_SQUARE_PX = 2048
 
 
 def count_in_window(labels: np.ndarray, xy: np.ndarray, diameter_px: float) -> np.ndarray:
@@ -49,15 +49,17 @@ def count_in_window(labels: np.ndarray, xy: np.ndarray, diameter_px: float) -> n
     high = np.minimum(centre + reach, (width, height))
     counts = np.zeros(len(xy), dtype=np.int64)
     there = np.flatnonzero((high > low).all(axis=1))
-    # A lazy label image is read in bands of rows, or each chunk would be decoded anew for each spot on it.
-    band = low[there, 1] // _BAND_PX
-    for name in np.unique(band):
-        rows = there[band == name]
-        top = low[rows, 1].min()
-        strip = np.asarray(labels[top : high[rows, 1].max()])
+    # A lazy label image is read in squares, or each chunk would be decoded anew for each spot on it.
+    squares, square = np.unique(low[there] // _SQUARE_PX, axis=0, return_inverse=True)
+    order = np.argsort(square, kind="stable")
+    for rows in np.split(there[order], np.cumsum(np.bincount(square, minlength=len(squares)))[:-1]):
+        if not len(rows):
+            continue
+        (left, top), (right, bottom) = low[rows].min(axis=0), high[rows].max(axis=0)
+        part = np.asarray(labels[top:bottom, left:right])
         for row in rows:
             (x0, y0), (x1, y1) = low[row], high[row]
-            counts[row] = len(np.unique(strip[y0 - top : y1 - top, x0:x1]))
+            counts[row] = len(np.unique(part[y0 - top : y1 - top, x0 - left : x1 - left]))
     return counts
 
 

@@ -34,8 +34,9 @@ def load_labels(path: str | os.PathLike[str]) -> np.ndarray:
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DataValueError(
-            f"{path.name!r} holds no plain array ({error}). Pickled files such as Cellpose's *_seg.npy are refused; take "
-            f"the masks out of it yourself and save them with numpy.save(path, masks)"
+            f"{path.name!r} holds no plain array ({error}). Pickled files such as Cellpose's *_seg.npy are refused, because "
+            f"loading one can run any code. If it is your own, take the masks out of it once: "
+            f"masks = numpy.load({path.name!r}, allow_pickle=True).item()['masks']; numpy.save('masks.npy', masks)"
         ) from error
     return check_labels(labels, path.name)
 

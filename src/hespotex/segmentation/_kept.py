@@ -1,0 +1,119 @@
+"""Finished runs of blocks, on disk while the rest of a slide is worked on: they survive Ctrl-C, a kill or a power cut."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from zipfile import BadZipFile
+
+import numpy as np
+
+from .._files import replacing
+from .._logging import logger
+from .._settings import settings
+from ..errors import HespotexWarning
+from ._packed import PackedRegions
+
+__all__ = ["KeptRuns"]
+
+KEEP_AFTER_S = 10.0  # what took less is sooner computed again than explained
+
+
+class KeptRuns:
+    """Results of runs of blocks by their number, kept under ``settings.cache_dir`` once the work has lasted a while.
+
+    As a context manager around the work: left by an error or Ctrl-C, it says what is kept; left without one, what is
+    kept is deleted.
+
+    Parameters
+    ----------
+    identity
+        Digest of everything that determines the results. It costs a look at the slide, so it is asked for only if
+        there is something to find, or to keep.
+    stacklevel
+        Of its warnings.
+    """
+
+    def __init__(self, identity: Callable[[], str], *, stacklevel: int = 4) -> None:
+        self._identity = identity
+        self._stacklevel = stacklevel
+        self._root = settings.cache_dir / "nuclei"
+        self._folder: Path | None = None
+        self._fresh: dict[int, tuple[PackedRegions, int]] = {}
+        self._began = time.monotonic()
+        self._count = 0
+        self._failed = False
+        if self._root.is_dir() and any(self._root.iterdir()):
+            self._folder = self._root / identity()
+
+    def load(self, run: int) -> tuple[PackedRegions, int] | None:
+        """Regions of a run and how many of them were cut; ``None`` if they are not there, or damaged."""
+        if self._folder is None:
+            return None
+        path = self._path(run)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                found = PackedRegions.from_arrays(stored), int(stored["cut"])
+        except FileNotFoundError:
+            return None
+        except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
+            logger.info("ignoring a damaged part of an earlier run: %s", error)
+            return None
+        return found
+
+    def holds(self, run: int) -> bool:
+        """Whether a run is kept, and whole."""
+        whole = self.load(run) is not None
+        self._count += whole
+        return whole
+
+    def save(self, run: int, regions: PackedRegions, cut: int) -> None:
+        """Keep the result of a run; in memory for the first seconds."""
+        if self._failed:
+            return
+        self._fresh[run] = regions, cut
+        if time.monotonic() - self._began < KEEP_AFTER_S:
+            return
+        if self._folder is None:
+            self._folder = self._root / self._identity()
+        try:
+            while self._fresh:
+                number, (regions, cut) = next(iter(self._fresh.items()))
+                with replacing(self._path(number)) as part, part.open("wb") as file:
+                    np.savez(file, cut=cut, **regions.arrays())  # type: ignore[arg-type]
+                del self._fresh[number]
+                self._count += 1
+        except OSError as error:  # a full disk must not end work that does not need it
+            self._failed = True
+            self._fresh.clear()
+            warnings.warn(
+                f"what is found is not kept for the case of an interruption, because {self._folder} could not be written: "
+                f"{error}",
+                HespotexWarning,
+                stacklevel=self._stacklevel + 2,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+        elif self._count:
+            warnings.warn(
+                f"interrupted; {self._count} finished parts of the slide are kept, and the same call goes on there",
+                HespotexWarning,
+                stacklevel=self._stacklevel,
+            )
+
+    def _path(self, run: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{run:06d}.npz"
