@@ -50,7 +50,8 @@ def model(stores, tmp_path_factory) -> Path:
 def test_version_and_help():
     assert runner.invoke(cli.app, ["--version"]).output.strip() == hx.__version__
     shown = runner.invoke(cli.app, ["--help"]).output
-    assert all(command in shown for command in ("demo", "train", "predict", "evaluate"))
+    commands = ("demo", "train", "predict", "evaluate", "embed", "segment", "encoders", "doctor")
+    assert all(command in shown for command in commands)
 
 
 def test_train_predict_evaluate_from_store_to_store(stores, model, tmp_path):
@@ -141,12 +142,19 @@ def test_seed_of_the_settings_holds_where_none_is_given(stores, tmp_path):
     ("arguments", "message"),
     [
         (["predict", "{store}", "-m", "x", "-o", "{store}"], "the slide itself"),
-        (["predict", "{store}", "-m", "x", "-o", "{there}"], "add --overwrite"),
+        (["predict", "{store}", "-m", "x", "-o", "{there}.zarr"], "add --overwrite"),
+        (["embed", "{store}", "-o", "{store}"], "the slide itself"),
+        (["segment", "{store}", "-o", "{there}"], "add --overwrite"),
+        (["embed", "{store}", "-o", "{new}", "--encoder", "morfology"], "did you mean 'morphology'"),
         (["train", "{store}", "-o", "{there}"], "add --overwrite"),
+        (
+            ["train", "{store}", "-o", "{new}", "--model", "ridge", "--devices", "none"],
+            "a number of at least 1, or 'auto'",
+        ),
         (["demo", "--out", "{there}"], "holds other files"),
         (["predict", "{store}", "-m", "x", "-o", "{new}"], "--model x does not exist; hespotex train"),
         (["train", "{store}", "-o", "{there}", "--overwrite"], "is no saved model"),
-        (["predict", "{store}", "-m", "x", "-o", "{there}", "--overwrite"], "is no zarr store"),
+        (["predict", "{store}", "-m", "x", "-o", "{there}.zarr", "--overwrite"], "is no zarr store"),
         (["train", "{store}", "{store}", "-o", "{new}"], "given more than once"),
         (["train", "{there}/biopsy.png", "-o", "{new}"], "training needs SpatialData stores"),
         (["train", "{there}", "-o", "{new}"], "cannot be read as a SpatialData store"),
@@ -160,6 +168,7 @@ def test_refusals_name_the_way_out(arguments, message, stores, tmp_path):
     there.mkdir()
     (there / "thesis.txt").write_text("mine")
     (there / "biopsy.png").write_bytes(b"")
+    (tmp_path / "there.zarr").symlink_to(there)
     places = {"store": stores[0], "there": there, "new": tmp_path / "new.zarr"}
     result = runner.invoke(cli.app, [argument.format(**places) for argument in arguments])
     assert isinstance(result.exception, hx.errors.HespotexError)
@@ -219,7 +228,7 @@ def test_demo_writes_report_tables_and_maps(tmp_path):
 
 
 def test_arguments_become_options_and_calls_stay_python():
-    from hespotex.cli import _in_options
+    from hespotex.cli._screen import in_options
 
     text = "pass mpp=0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"
-    assert _in_options(text) == "pass --mpp 0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"
+    assert in_options(text) == "pass --mpp 0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"

@@ -6,12 +6,13 @@ results pile up.
 
 from __future__ import annotations
 
+import threading
 import time
-import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DataTypeError, WorkerError
@@ -114,8 +115,7 @@ def _on_cluster(
         with warnings.catch_warnings():
             # As the result of a task and not scattered, however large: dask makes it again where its worker has died.
             warnings.filterwarnings("ignore", "Sending large graph")
-            packed = (uuid.uuid4().hex, cloudpickle.dumps(dict(shared)))
-            common = client.submit(_itself, packed, pure=False)
+            common = client.submit(_itself, _Shared(cloudpickle.dumps(dict(shared))), pure=False)
         for task in tasks:
             waiting.append(client.submit(_call, function, task, common, pure=False))
             if len(waiting) >= _AHEAD * max(sum(client.nthreads().values()), 1):
@@ -142,43 +142,53 @@ def _result(future: Any, client: Client) -> Any:
     """
     from concurrent.futures import CancelledError
 
+    from distributed import wait
+
     alone_since: float | None = None
-    while True:
-        try:
-            return future.result(timeout=_POLL_S)
-        except TimeoutError:
-            if future.status != "pending":
-                raise  # the task's own
+    while not future.done():
+        with suppress(TimeoutError), client.as_current():
+            wait(future, timeout=_POLL_S)
         if client.nthreads():
             alone_since = None
         elif alone_since is None:
             alone_since = time.monotonic()
         elif time.monotonic() - alone_since > _NO_WORKER_S:
             raise CancelledError(f"there has been no worker for {_NO_WORKER_S:g} s")
+    return future.result()
 
 
 def _itself(value: Any) -> Any:
     return value
 
 
-_UNPACKED: dict[str, dict[str, Any]] = {}  # shared arguments of the tasks that this worker is at
-_AT_ONCE = 4
+class _Shared:
+    """What all tasks share, on its way to the workers and on them.
 
-
-def _call(function: Callable[..., R], task: Any, common: tuple[str, bytes]) -> R:
-    """One task, on the worker.
-
-    What is shared is unpickled here, once, and not where messages arrive: what that imports may fail, which there would
-    end the worker, and may need to be prepared, as torchvision.
+    It is unpickled by the first task, once, and not where messages arrive: what that imports may fail, which there would
+    end the worker, and may need to be prepared, as torchvision. A worker holds it as long as dask holds the result that
+    it is, and no longer: it may be gigabytes.
     """
-    import pickle
 
-    from ._optional import ensure_torchvision
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._lock = threading.Lock()
+        self._values: dict[str, Any] | None = None
 
-    key, content = common
-    if key not in _UNPACKED:
-        ensure_torchvision()
-        while len(_UNPACKED) >= _AT_ONCE:
-            _UNPACKED.pop(next(iter(_UNPACKED)), None)
-        _UNPACKED[key] = pickle.loads(content)
-    return function(task, **_UNPACKED[key])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shared, (self._content,)
+
+    def values(self) -> dict[str, Any]:
+        import pickle
+
+        from ._optional import ensure_torchvision
+
+        with self._lock:  # a worker may have several threads
+            if self._values is None:
+                ensure_torchvision()
+                self._values = pickle.loads(self._content)
+            return self._values
+
+
+def _call(function: Callable[..., R], task: Any, common: _Shared) -> R:
+    """One task, on the worker."""
+    return function(task, **common.values())

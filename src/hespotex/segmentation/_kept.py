@@ -25,10 +25,10 @@ KEEP_AFTER_S = 10.0  # what took less is sooner computed again than explained
 
 
 class KeptRuns:
-    """Results of runs of blocks by their number, kept under ``settings.cache_dir`` once the work has lasted a while.
+    """Results of runs of blocks by their number, kept in ``settings.work_dir`` once the work has lasted a while.
 
     As a context manager around the work: left by an error or Ctrl-C, it says what is kept; left without one, what is
-    kept is deleted.
+    kept is deleted, but in a folder that ``work_dir`` names, where it stays for a run that is cut off later.
 
     Parameters
     ----------
@@ -42,7 +42,8 @@ class KeptRuns:
     def __init__(self, identity: Callable[[], str], *, stacklevel: int = 4) -> None:
         self._identity = identity
         self._stacklevel = stacklevel
-        self._root = settings.cache_dir / "nuclei"
+        self._stays = settings.work_dir is not None
+        self._root = (settings.work_dir or settings.cache_dir) / "nuclei"
         self._folder: Path | None = None
         self._fresh: dict[int, tuple[PackedRegions, int]] = {}
         self._began = time.monotonic()
@@ -105,7 +106,7 @@ class KeptRuns:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            if self._folder is not None:
+            if self._folder is not None and not self._stays:
                 shutil.rmtree(self._folder, ignore_errors=True)
         elif self._count:
             warnings.warn(

@@ -8,6 +8,7 @@ from ._coarsen import coarsen
 from ._cross_validate import cross_validate
 from ._evaluate import evaluate
 from ._predict import predict
+from ._predict_cohort import predict_cohort
 from ._reconcile import reconcile
 from ._regions import rank_regions, regions, tls_score
 from ._train import train
@@ -19,6 +20,7 @@ __all__ = [
     "cross_validate",
     "evaluate",
     "predict",
+    "predict_cohort",
     "rank_regions",
     "reconcile",
     "regions",

@@ -1,0 +1,317 @@
+"""One slide of a cohort: from its file to a result under its final name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..._files import publish
+from ..._keys import Keys, sanitize
+from ..._settings import settings
+from ...data.geometry import resolve_slide
+from ...data.stored import find_prediction
+from ...errors import DataValueError, GeometryError, HespotexError, HespotexWarning, WorkerError
+from ...io._open import open_slide
+from .._predict import predict
+from .slides import SlideState
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+    from ...models import Model
+
+__all__ = ["Format", "Job", "Outcome", "failure", "predict_slide", "written_identity", "written_sizes"]
+
+Format = Literal["zarr", "h5ad"]
+COHORT = "cohort"  # uns["hespotex"] or attrs["hespotex"] of a result: of what it is the result
+SLIDE = "slide"  # beside it: the slide it belongs to
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # would meet every other slide, too
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENETDOWN}
+_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR}  # as well, where it is the result that cannot be written
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that determines a result but the model, and where it goes; it travels to other processes.
+
+    Parameters
+    ----------
+    slide, output
+        Paths of the slide and of its result.
+    work, staging
+        Folders for partial results of this slide, and for results that are being written, on the disk of `output`.
+    identity
+        Digest of slide, model and options, kept in the result.
+    state
+        The slide as it was when the job was made.
+    replace
+        Whether what is at `output` may be replaced.
+    """
+
+    slide: str
+    output: str
+    work: str
+    staging: str
+    identity: str
+    state: SlideState
+    replace: bool
+    format: Format
+    mpp: float | None = None
+    genes: tuple[str, ...] | None = None
+    key_added: str | None = None
+    weights: str | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Parameters
+    ----------
+    stages
+        Seconds by stage.
+    error, message
+        Class of the error and what it says; empty if the result is there.
+    may_pass
+        Whether another try may succeed.
+    stops_all
+        Whether the other slides would fail in the same way.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    n_tiles: int = 0
+    n_genes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    error: str = ""
+    message: str = ""
+    may_pass: bool = False
+    stops_all: bool = False
+
+
+def predict_slide(job: Job, model: Model, tell: Callable[..., None], *, progress_bar: bool) -> Outcome:
+    """Do a job; whatever fails is in the outcome, but for Ctrl-C.
+
+    Parameters
+    ----------
+    job, model
+        What to do.
+    tell
+        Called with ``"stage"`` and the seconds of each when it is over.
+    progress_bar
+        Whether to show progress on the slide.
+    """
+    outcome = Outcome()
+    stage = ["read"]
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        stage[0] = name
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            outcome.stages[name] = perf_counter() - start
+        tell("stage", slide=job.slide, stage=name, seconds=round(outcome.stages[name], 3))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HespotexWarning)
+        try:
+            with settings.override(
+                work_dir=job.work,
+                device=job.device or settings.device,
+                batch_size=job.batch_size or settings.batch_size,
+                progress_bar=progress_bar,
+            ):
+                _do(job, model, timed, outcome)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a slide, the others go on
+            failed = failure(error, stage[0])
+            outcome.error, outcome.message = failed.error, failed.message
+            outcome.may_pass, outcome.stops_all = failed.may_pass, failed.stops_all
+    said = (str(warning.message) for warning in caught if issubclass(warning.category, HespotexWarning))
+    outcome.warnings = list(dict.fromkeys(said))
+    return outcome
+
+
+def failure(error: BaseException, stage: str) -> Outcome:
+    """An error as an outcome."""
+    number = _errno(error)
+    return Outcome(
+        error=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        may_pass=not isinstance(error, HespotexError) or isinstance(error, WorkerError) or number in _PASSING,
+        stops_all=number in _DISK or (stage == "write" and number in _PLACE),
+    )
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The operating system's number of an error, which libraries wrap, and HDF5 only writes out."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError):
+            written = re.search(r"errno = (\d+)", str(error))
+            if number := error.errno or (int(written[1]) if written else None):
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -> None:
+    from ... import pp
+
+    recipe = model.recipe
+    assert recipe is not None  # looked at before any slide is
+    path, output = Path(job.slide), Path(job.output)
+    if output.exists() and not job.replace:
+        if written_identity(output) == job.identity:  # by a worker that died before it could say so
+            outcome.n_tiles, outcome.n_genes = written_sizes(output)
+            return
+        raise DataValueError(
+            f"{output} exists and is no result of this slide, model and options; move it away, or replace it with "
+            "overwrite=True"
+        )
+    is_file = path.is_file()
+    with timed("read"):
+        sdata = open_slide(path, job.mpp if is_file else None)
+    bare = not sdata.tables and not sdata.shapes
+    if bare and recipe.tiles and not model.reads_parts:
+        _check_size(sdata, recipe.tiles)
+        with timed("tissue"):
+            pp.detect_tissue(sdata)
+        with timed("tiles"):
+            pp.make_tiles(sdata, **recipe.tiles)
+        if recipe.encoder:
+            encoder = dict(recipe.encoder)
+            if job.weights is not None:
+                encoder["weights"] = job.weights
+            with timed("embed"):
+                pp.embed(
+                    sdata,
+                    encoder.pop("name"),
+                    shapes_key=Keys.TILES,
+                    batch_size=job.batch_size,
+                    key_added=recipe.embedding_key,
+                    **encoder,
+                )
+    key = sanitize(model.info.name) if job.key_added is None else job.key_added
+    with timed("predict"):
+        predict(
+            sdata,
+            model,
+            genes=job.genes,
+            mpp=None if is_file else job.mpp,
+            weights=job.weights,
+            batch_size=job.batch_size,
+            key_added=key,
+            **job.options,
+        )
+    adata, _, _ = find_prediction(sdata, key)
+    outcome.n_tiles = adata.n_obs
+    outcome.n_genes = adata.n_vars if job.genes is None else len(job.genes)
+    with timed("write"):
+        _write(sdata, key, job, outcome)
+
+
+def _check_size(sdata: SpatialData, tiles: Mapping[str, Any]) -> None:
+    slide = resolve_slide(sdata)
+    side = min(slide.shape) * slide.mpp
+    if side < tiles["diameter_um"]:
+        raise GeometryError(
+            f"the slide is smaller than one tile: {slide.shape[1]} x {slide.shape[0]} px at {slide.mpp:g} µm/px, a tile "
+            f"measures {tiles['diameter_um']:g} µm. If the scale is wrong, give the right one with mpp="
+        )
+
+
+def _write(sdata: SpatialData, key: str, job: Job, outcome: Outcome) -> None:
+    slide = resolve_slide(sdata)
+    about = {
+        SLIDE: {
+            "file": Path(job.slide).name,
+            "size": job.state.size,
+            "fingerprint": job.state.fingerprint,
+            "mpp": float(slide.mpp),
+            "shape": [int(side) for side in slide.shape],
+        },
+        COHORT: {"identity": job.identity, "n_tiles": outcome.n_tiles, "n_genes": outcome.n_genes},
+    }
+    output = Path(job.output)
+    staged = Path(job.staging) / f"{uuid.uuid4().hex}{output.suffix}"
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if job.format == "zarr":
+            _without_pixels(sdata, about).write(staged)
+        else:
+            from ...get import prediction
+
+            adata = prediction(sdata, key)
+            adata.uns[Keys.NAMESPACE] |= about
+            adata.write_h5ad(staged)
+        if output.exists() and written_identity(output) == job.identity:
+            return  # another worker, taken for dead, was faster
+        publish(staged, output)
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            staged.unlink(missing_ok=True)
+
+
+def _without_pixels(sdata: SpatialData, about: Mapping[str, Any]) -> SpatialData:
+    """Shapes and tables; pixels stay in the slide, which `about` names."""
+    from spatialdata import SpatialData
+    from spatialdata.models import get_table_keys
+
+    tables = {
+        name: table
+        for name, table in sdata.tables.items()
+        if "spatialdata_attrs" in table.uns and {*_listed(get_table_keys(table)[0])} <= set(sdata.shapes)
+    }
+    ours = {**sdata.attrs.get(Keys.NAMESPACE, {}), **about}
+    return SpatialData(shapes=dict(sdata.shapes), tables=tables, attrs={**sdata.attrs, Keys.NAMESPACE: ours})
+
+
+def _listed(region: Any) -> list[str]:
+    return [region] if isinstance(region, str) else list(region)
+
+
+def written_identity(output: Path) -> str | None:
+    """Of what `output` is the result; ``None`` if it is no result of a cohort."""
+    return _entry(output).get("identity")
+
+
+def written_sizes(output: Path) -> tuple[int, int]:
+    """Tiles and genes of a result."""
+    entry = _entry(output)
+    return int(entry.get("n_tiles", 0)), int(entry.get("n_genes", 0))
+
+
+def _entry(output: Path) -> dict[str, Any]:
+    try:
+        if output.is_dir():
+            root = json.loads((output / "zarr.json").read_text())
+            return dict(root["attributes"][Keys.NAMESPACE][COHORT])
+        import h5py
+
+        with h5py.File(output, "r") as file:
+            group = file[f"uns/{Keys.NAMESPACE}/{COHORT}"]
+            return {name: _plain(group[name][()]) for name in group}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,411 @@
+"""Predict expression on many slides, each into a file of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from .._device import resolve_device
+from .._logging import logger
+from .._settings import settings
+from .._tasks import check_client
+from .._version import __version__
+from ..data.lock import locked
+from ..data.provenance import digest
+from ..encoders import create
+from ..errors import DataTypeError, DataValueError, ModelMismatchError, OutputError
+from ..models import Model
+from ..models._store import identify, recall
+from ._blocks import chosen_genes
+from ._cohort.events import Event, listener
+from ._cohort.manifest import Manifest, Row
+from ._cohort.one import Format, Job, Outcome, failure, written_identity, written_sizes
+from ._cohort.run import on_cluster, one_by_one
+from ._cohort.slides import SlideState, find_slides, state_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed import Client
+
+__all__ = ["predict_cohort"]
+
+_WORK = ".hespotex"  # folder in `out` of what is not finished
+_CONTENT = 1  # of results; raised when the same slide, model and options give another result
+
+
+def predict_cohort(
+    paths: str | Path | Sequence[str | Path],
+    model: Model | str | Path,
+    out: str | Path,
+    *,
+    client: Client | None = None,
+    format: Format = "zarr",
+    mpp: float | None = None,
+    genes: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    retries: int = 1,
+    key_added: str | None = None,
+    overwrite: bool = False,
+    progress_bar: bool | None = None,
+    log: str | Path | Callable[[Event], None] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Predict the expression of many slides; one that fails does not stop the others.
+
+    Each slide is read, its tissue found, tiles laid on it and predicted, with the steps and parameters of the model, and
+    the result written to a file of its own in `out`, where it appears only when whole. The same call goes on after any
+    interruption, a kill or a power cut included: what is done is not done again, and a slide that was cut off goes on
+    where it stopped. Its result is that of an undisturbed run.
+
+    Parameters
+    ----------
+    paths
+        Slides: image files and SpatialData stores. A folder stands for all slides in it and below.
+    model
+        The fitted model, or the folder it was saved to.
+    out
+        Folder of the results; made if it is not there. One run at a time works on it.
+    client
+        A ``dask.distributed.Client``: each of its workers takes a whole slide, with its own threads and device, and writes
+        the result itself. Workers need slides and `out` under the same paths. Results are the same, those of networks
+        to rounding.
+    format
+        ``"zarr"``: a SpatialData with tissue, tiles and tables. Pixels are not copied: ``attrs["hespotex"]["slide"]`` names
+        the slide by file name, size and fingerprint. ``"h5ad"``: the AnnData of :func:`hespotex.get.prediction`.
+    mpp
+        µm per pixel of all slides, where the files do not say.
+    genes
+        Genes to keep of the model's, in this order; all by default.
+    weights
+        Local weights file of the encoder, where it needs one.
+    batch_size
+        Tiles embedded at a time; the setting by default.
+    device
+        Where to embed and predict; the setting by default, that of each worker with a client.
+    retries
+        Further tries on a slide whose failure may pass, as that of a network drive, after all others. A slide that is broken
+        is not tried again.
+    key_added
+        Key of the prediction; the model's name by default.
+    overwrite
+        Predict all slides again, in place of what is in `out`. If that is interrupted, the call without it goes on.
+    progress_bar
+        The setting by default: over all slides and on each.
+    log
+        File for a JSON line about each event (start, stage and end of each slide, with seconds), ``"-"`` for stderr, or a
+        function that takes each event as a mapping.
+    options
+        Settings of prediction that the model has, such as ``n_samples=50`` of a generative one.
+
+    Returns
+    -------
+    A row per slide, as written to ``manifest.parquet`` in `out`, too:
+
+    ``slide``, ``output``
+        Path of the slide, name of its result.
+    ``status``
+        ``"done"``, ``"failed"``, or ``"pending"`` where the work was stopped before.
+    ``attempts``, ``seconds``, ``seconds_<stage>``
+        Tries so far, time of the last one, and that of each of its stages.
+    ``n_tiles``, ``n_genes``
+        Size of the result.
+    ``warnings``, ``error``, ``message``
+        What the library warned of; class and text of the error.
+    ``model``, ``options``, ``identity``, ``size``, ``mtime_ns``, ``fingerprint``, ``hespotex_version``, ``finished``
+        What the result belongs to, and when it was written.
+
+    Raises
+    ------
+    MissingWeightsError
+        If the encoder's weights are missing here.
+    DataValueError
+        If `out` is in use by another run, or holds results of another model or other options.
+    OutputError
+        If the disk is full or `out` cannot be written to; what is finished stays.
+    WorkerError
+        If the cluster is gone.
+
+    See Also
+    --------
+    hespotex.tl.predict
+
+    Examples
+    --------
+    >>> import hespotex as hx
+    >>> cohort = hx.tl.predict_cohort("biopsies/", "her2.hx", "predicted/")  # doctest: +SKIP
+    >>> cohort.query("status == 'failed'")[["slide", "message"]]  # doctest: +SKIP
+    """
+    check_client(client)
+    if format not in get_args(Format):
+        raise DataValueError(f"format={format!r} is unknown; possible: {', '.join(map(repr, get_args(Format)))}")
+    if retries < 0:
+        raise DataValueError(f"retries={retries!r} must not be negative")
+    if batch_size is not None and batch_size < 1:
+        raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
+    out = Path(out).absolute()
+    slides = find_slides(paths, but=out)
+    fitted = _fitted(model, genes, options)
+    if client is None:
+        _check_here(fitted, slides, device, weights)
+    wanted = _Wanted(
+        out=out,
+        format=format,
+        model=identify(fitted),
+        overwrite=overwrite,
+        shared={
+            "mpp": mpp,
+            "genes": None if genes is None else chosen_genes(fitted.recipe, genes)[0],  # type: ignore[arg-type]
+            "key_added": key_added,
+            "weights": None if weights is None else str(Path(weights).expanduser().absolute()),
+            "batch_size": batch_size or settings.batch_size,
+            "device": device,
+            "options": options,
+        },
+    )
+    tell = listener(log)
+    shown = settings.progress_bar if progress_bar is None else progress_bar
+    with locked(out), _bar(len(slides), shown=shown) as step:
+        manifest = Manifest(out)
+        _check_same(manifest, wanted)
+        work = _clean(out / _WORK)
+        tell("cohort_started", n_slides=len(slides), model=wanted.model, out=str(out))
+        queue = _queue(slides, manifest, wanted, tell, step)
+        try:
+            _save(manifest)
+            if client is None:
+                outcomes = one_by_one(queue, fitted, tell, progress_bar=shown)
+            else:
+                outcomes = on_cluster(queue, _kept(fitted, work, wanted.model), tell, client)
+            _follow(outcomes, queue, manifest, retries, tell, step)
+        finally:
+            frame = manifest.frame(map(str, slides))
+            tell("cohort_finished", **{str(status): int(n) for status, n in frame["status"].value_counts().items()})
+        if not any(path.is_file() for path in (work / "slides").rglob("*")):  # nothing to go on with
+            shutil.rmtree(work, ignore_errors=True)
+    return frame
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a result in the folder has to be made of."""
+
+    out: Path
+    format: Format
+    model: str
+    overwrite: bool
+    shared: dict[str, Any]
+
+    @property
+    def options(self) -> str:
+        """What else determines the numbers, for people and for comparison."""
+        determining = {name: self.shared[name] for name in ("mpp", "genes", "key_added")}
+        given = {name: value for name, value in (determining | self.shared["options"]).items() if value is not None}
+        return json.dumps(given | {"format": self.format}, sort_keys=True, default=str)
+
+    def identity(self, state: SlideState) -> str:
+        return digest(_CONTENT, [state.size, state.mtime_ns, state.fingerprint], self.model, self.options)
+
+    def job(self, row: Row, state: SlideState, *, replaces: bool) -> Job:
+        return Job(
+            slide=row.slide,
+            output=str(self.out / row.output),
+            work=str(self.out / _WORK / "slides" / row.output),
+            staging=str(self.out / _WORK / "staging"),
+            identity=self.identity(state),
+            state=state,
+            replace=replaces,
+            format=self.format,
+            **self.shared,
+        )
+
+
+def _fitted(model: Model | str | Path, genes: Sequence[str] | None, options: dict[str, Any]) -> Model:
+    if isinstance(model, Model):
+        fitted = model
+    elif isinstance(model, str | Path):
+        fitted = recall(model)
+    else:
+        raise DataTypeError(f"model must be a fitted model or the path of a saved one, got {type(model).__name__}")
+    if not fitted.is_fitted or fitted.recipe is None:
+        raise ModelMismatchError(
+            "model is not fitted on sections and does not know how to prepare a slide; fit it with hx.tl.train(sdatas, model)"
+        )
+    if genes is not None:
+        chosen_genes(fitted.recipe, genes)  # an unknown one is an error before any slide is read
+    if options:
+        fitted.with_options(**options)
+    return fitted
+
+
+def _check_here(model: Model, slides: Sequence[Path], device: str | None, weights: str | Path | None) -> None:
+    """Raise what would meet every slide on this machine: a device that is not there, an encoder without its weights."""
+    resolve_device(device)
+    recipe = model.recipe
+    if recipe is None or not recipe.encoder or not any(slide.is_file() for slide in slides):
+        return  # stores may hold their embedding
+    options = dict(recipe.encoder) | ({} if weights is None else {"weights": weights})
+    create(options.pop("name"), **options)
+
+
+def _check_same(manifest: Manifest, wanted: _Wanted) -> None:
+    """Raise if the folder holds results of something else, as a mixture would serve nobody."""
+    there = [row for row in manifest.rows.values() if row.status == "done" and (wanted.out / row.output).exists()]
+    if any(Path(row.output).suffix != f".{wanted.format}" for row in there):
+        raise DataValueError(
+            f"out={str(wanted.out)!r} holds results of another format than {wanted.format!r}; name another folder"
+        )
+    others = [row for row in there if (row.model, row.options) != (wanted.model, wanted.options)]
+    if others and not wanted.overwrite:
+        raise DataValueError(
+            f"out={str(wanted.out)!r} holds {len(others)} results of model {others[0].model!r} with options "
+            f"{others[0].options}; these are {wanted.model!r} and {wanted.options}. Name another folder, or replace them with "
+            "overwrite=True"
+        )
+
+
+def _clean(work: Path) -> Path:
+    """Remove what a killed run was writing; partial results stay."""
+    staging = work / "staging"
+    if staging.exists():
+        # Under another name first: a worker that outlived its run must not publish what is being deleted.
+        away = work / f"deleted-{uuid.uuid4().hex}"
+        staging.rename(away)
+    for left in work.glob("deleted-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return work
+
+
+def _queue(
+    slides: Sequence[Path], manifest: Manifest, wanted: _Wanted, tell: Callable[..., None], step: Callable[[], None]
+) -> deque[Job]:
+    """Jobs of all slides that are not done; the rows of the others are brought up to date."""
+    queue: deque[Job] = deque()
+    for slide in slides:
+        known = str(slide) in manifest.rows
+        row = manifest.row(slide, f".{wanted.format}")
+        try:
+            state = state_of(slide)
+        except OSError as error:
+            _failed(row, failure(error, "read"), wanted, tell)
+            step()
+            continue
+        output = wanted.out / row.output
+        written = written_identity(output)
+        if written == wanted.identity(state) and not wanted.overwrite:
+            if row.status != "done":  # the run was killed between the result and the note of it
+                n_tiles, n_genes = written_sizes(output)
+                row.status, row.n_tiles, row.n_genes, row.attempts = "done", n_tiles, n_genes, max(row.attempts, 1)
+                row.error = row.message = ""
+                _describe(row, wanted, state)
+            tell("slide_kept", slide=row.slide, output=row.output)
+            step()
+            continue
+        ours = known and written is not None  # made by an earlier run for this slide, before it changed
+        if ours and not wanted.overwrite:
+            logger.warning("%s is predicted again, as it has changed", slide)
+        row.status = "pending"
+        _describe(row, wanted, state)
+        queue.append(wanted.job(row, state, replaces=ours or wanted.overwrite))
+    return queue
+
+
+def _describe(row: Row, wanted: _Wanted, state: SlideState) -> None:
+    row.model, row.options, row.identity = wanted.model, wanted.options, wanted.identity(state)
+    row.size, row.mtime_ns, row.fingerprint = state.size, state.mtime_ns, state.fingerprint
+    row.hespotex_version = __version__
+
+
+def _failed(row: Row, outcome: Outcome, wanted: _Wanted, tell: Callable[..., None]) -> None:
+    """A slide that cannot even be looked at."""
+    row.status, row.error, row.message = "failed", outcome.error, outcome.message
+    row.model, row.options, row.hespotex_version = wanted.model, wanted.options, __version__
+    row.attempts += 1
+    row.finished = _now()
+    tell("slide_failed", slide=row.slide, error=row.error, message=row.message)
+
+
+def _kept(model: Model, work: Path, name: str) -> Path:
+    """The model, saved where all workers find it."""
+    folder = work / "models" / name
+    if not folder.exists():
+        model.save(folder)
+    return folder
+
+
+def _follow(
+    outcomes: Iterator[tuple[Job, Outcome]],
+    queue: deque[Job],
+    manifest: Manifest,
+    retries: int,
+    tell: Callable[..., None],
+    step: Callable[[], None],
+) -> None:
+    """Note what comes of each job; one that failed and may pass is put at the end of the queue."""
+    tries: dict[str, int] = {}
+    for job, outcome in outcomes:
+        row = manifest.rows[job.slide]
+        row.attempts += 1
+        row.stages, row.seconds = outcome.stages, sum(outcome.stages.values())
+        row.warnings, row.error, row.message = outcome.warnings, outcome.error, outcome.message
+        row.finished = _now()
+        again = False
+        if not outcome.error:
+            row.status, row.n_tiles, row.n_genes = "done", outcome.n_tiles, outcome.n_genes
+            about = {"seconds": round(row.seconds, 3), "n_tiles": row.n_tiles, "warnings": row.warnings}
+            tell("slide_done", slide=row.slide, output=row.output, **about)
+            shutil.rmtree(job.work, ignore_errors=True)
+        else:
+            tries[job.slide] = tries.get(job.slide, 0) + 1
+            again = outcome.may_pass and not outcome.stops_all and tries[job.slide] <= retries
+            row.status = "pending" if again or outcome.stops_all else "failed"
+            tell(
+                "slide_retried" if again else "slide_failed",
+                **{"slide": row.slide, "error": row.error, "message": row.message, "seconds": round(row.seconds, 3)},
+            )
+        if again:
+            queue.append(job)
+        else:
+            step()
+        if outcome.stops_all:
+            _save_if_possible(manifest)
+            raise OutputError(
+                f"the cohort was stopped, as every slide would meet the same: {outcome.message} ({outcome.error}, at "
+                f"{row.slide}). What is finished stays; set it right and call again"
+            )
+        _save(manifest)
+
+
+def _save(manifest: Manifest) -> None:
+    try:
+        manifest.save()
+    except OSError as error:
+        raise OutputError(f"the manifest cannot be written ({error}); make room and call again") from error
+
+
+def _save_if_possible(manifest: Manifest) -> None:
+    try:
+        manifest.save()
+    except OSError as error:
+        logger.info("the manifest is not up to date: %s", error)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _bar(n_slides: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=n_slides, unit="slide", desc="slides", disable=not shown or n_slides < 2) as bar:
+        yield lambda: bar.update() and None

@@ -1,0 +1,247 @@
+"""The program on many slides, and its commands for single steps: what it says, writes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import spatialdata as sd
+import tifffile
+from typer.testing import CliRunner
+
+import hespotex as hx
+from hespotex import cli
+from hespotex.cli import _cluster, _doctor
+from hespotex.data.geometry import resolve_slide
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    section = hx.datasets.synthetic(size_px=600, pitch_um=40.0, diameter_um=40.0, n_genes=40, seed=2)
+    hx.pp.embed(section)
+    path = tmp_path_factory.mktemp("models") / "ridge.hx"
+    hx.tl.train(section, "ridge", n_top_genes=10).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory) -> Path:
+    """A tiled TIFF of 700 x 700 px at 0.5 µm/px."""
+    sdata = hx.datasets.synthetic(size_px=700, with_expression=False, first_patient=3, seed=1)
+    pixels = resolve_slide(sdata).levels[0].array.compute().transpose(1, 2, 0)
+    path = tmp_path_factory.mktemp("slide") / "biopsy.tif"
+    scale = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), compression="deflate", **scale)
+    return path
+
+
+@pytest.fixture
+def folder(slide, tmp_path) -> Path:
+    """A folder of a fine slide and one that is none."""
+    path = tmp_path / "slides"
+    path.mkdir()
+    shutil.copy2(slide, path / "fine.tif")
+    (path / "text.tif").write_text("this is no slide")
+    return path
+
+
+def program(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hespotex", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def test_a_folder_of_slides_becomes_a_folder_of_results(folder, model, tmp_path):
+    out = tmp_path / "out"
+    result = program("predict", folder, "-m", model, "-o", out, "--log", tmp_path / "log.jsonl")
+    assert result.returncode == 3  # some failed
+    lines = result.stderr.splitlines()
+    assert any(line.startswith("✓ fine.tif (") for line in lines)
+    assert any(line.startswith("✗ text.tif: ") and "TIFF" in line for line in lines)
+    table = {line.split()[0]: line.split() for line in result.stdout.splitlines()}
+    assert table["fine.tif"][1] == "done"
+    assert table["text.tif"][1] == "failed"
+    assert f"{out}: 1 of 2 slides" in result.stdout
+    assert "ridge_tiles" in sd.read_zarr(out / "fine.zarr").tables
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (events[0], events[-1]) == ("cohort_started", "cohort_finished")
+
+
+def test_all_done_is_exit_code_0_and_quiet_says_nothing(folder, model, tmp_path):
+    (folder / "text.tif").unlink()
+    arguments = ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "out"), "--format", "h5ad", "--quiet"]
+    for _ in range(2):
+        result = runner.invoke(cli.app, arguments)
+        assert result.exit_code == 0, result.output
+        assert result.output == ""
+    assert [path.name for path in (tmp_path / "out").glob("*.h5ad")] == ["fine.h5ad"]
+
+
+def test_quiet_keeps_errors(folder, model, tmp_path):
+    result = runner.invoke(cli.app, ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "out"), "-q"])
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("✗ text.tif: ")
+
+
+def test_json_lines_on_stderr_are_nothing_but_json(folder, model, tmp_path):
+    result = runner.invoke(
+        cli.app, ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "out"), "--log", "-"]
+    )
+    assert [json.loads(line)["event"] for line in result.stderr.splitlines()][0] == "cohort_started"
+
+
+def test_the_options_reach_the_library(folder, model, tmp_path, monkeypatch):
+    from hespotex import tl
+
+    seen = {}
+
+    def cohort(paths, model, out, **options):
+        seen.update(options, paths=paths, out=out)
+        return pd.DataFrame({"slide": ["a"], "status": ["done"], "n_tiles": 1, "seconds": 1.0, "error": ""})
+
+    monkeypatch.setattr(tl, "predict_cohort", cohort)
+    options = ["--mpp", "0.4", "--batch-size", "7", "--device", "cpu", "--retries", "3", "--overwrite"]
+    options += ["--format", "h5ad", "--weights", "w.pt"]
+    result = runner.invoke(cli.app, ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "o"), *options])
+    assert result.exit_code == 0, result.output
+    assert seen.pop("log")
+    assert seen == {
+        **{"paths": [folder], "out": tmp_path / "o", "client": None, "mpp": 0.4, "batch_size": 7, "device": "cpu"},
+        **{"retries": 3, "overwrite": True, "format": "h5ad", "weights": Path("w.pt"), "progress_bar": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{slide}", "{slide}", "-o", "x.zarr"], "is a store for one slide; name a folder"),
+        (["{slide}", "-o", "x.zarr", "--format", "h5ad"], "go with a folder as --out"),
+        (["{slide}", "-o", "x.zarr", "--workers", "2"], "go with a folder as --out"),
+        (["{slide}", "-o", "x", "--workers", "2", "--scheduler", "tcp://here:1"], "give one of them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message, slide, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = [argument.format(slide=slide) for argument in arguments]
+    result = runner.invoke(cli.app, ["predict", *named, "-m", str(model)])
+    assert isinstance(result.exception, hx.errors.HespotexError)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_that_does_not_answer_is_said_in_a_line(monkeypatch):
+    import distributed
+
+    def nobody(*_, **__):
+        raise OSError("Timed out trying to connect to tcp://127.0.0.1:1 after 30 s")
+
+    monkeypatch.setattr(distributed, "Client", nobody)
+    asked = _cluster.cluster("tcp://127.0.0.1:1", None)
+    with pytest.raises(hx.errors.WorkerError, match="no scheduler answers at --scheduler tcp://127.0.0.1:1"):
+        asked.__enter__()
+
+
+@pytest.mark.slow
+def test_workers_of_the_program_give_the_same(folder, model, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert program("predict", folder, "-m", model, "-o", here).returncode == 3
+    result = program("predict", folder, "-m", model, "-o", there, "--workers", "2")
+    assert result.returncode == 3, result.stderr
+    tables = [sd.read_zarr(out / "fine.zarr")["ridge_tiles"].X for out in (here, there)]
+    assert np.array_equal(*tables)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_exit_code_130_and_the_next_run_goes_on(folder, slide, model, tmp_path):
+    for number in range(6):
+        shutil.copy2(slide, folder / f"more{number}.tif")
+    out, log = tmp_path / "out", tmp_path / "log.jsonl"
+    command = [sys.executable, "-m", "hespotex", "predict", str(folder), "-m", str(model), "-o", str(out)]
+    restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen([*command, "--log", str(log)], stderr=subprocess.PIPE, text=True, **restore) as run:
+        end = time.monotonic() + 120
+        while not (log.exists() and "slide_done" in log.read_text()) and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGINT)
+        said = run.stderr.read()
+    assert run.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    stored = pd.read_parquet(out / "manifest.parquet")
+    assert (stored["status"] == "done").any()
+    assert (stored["status"] == "pending").any()
+    again = program(*command[3:])
+    assert again.returncode == 3, again.stderr
+    assert "(there already)" in again.stderr
+
+
+def test_embed_and_segment_write_stores(slide, tmp_path):
+    out = tmp_path / "new" / "embedded.zarr"
+    result = runner.invoke(cli.app, ["embed", str(slide), "-o", str(out), "--encoder", "rgb", "--pitch-um", "50"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(out)
+    stored = sd.read_zarr(out)
+    expected = hx.io.read_wsi(slide)
+    hx.pp.detect_tissue(expected)
+    encoder = hx.encoders.create("rgb")
+    hx.pp.make_tiles(expected, diameter_um=encoder.tile_um, pitch_um=50)
+    hx.pp.embed(expected, encoder)
+    assert np.array_equal(stored["rgb_tiles"].obsm["X_rgb"], expected["rgb_tiles"].obsm["X_rgb"])
+    # Of a store, and in place of what is there.
+    both = tmp_path / "both.zarr"
+    result = runner.invoke(cli.app, ["segment", str(out), "-o", str(both), "--no-raster"])
+    assert result.exit_code == 0, result.output
+    result = runner.invoke(cli.app, ["segment", str(slide), "-o", str(both), "--no-raster", "--overwrite"])
+    assert result.exit_code == 0, result.output
+    stored = sd.read_zarr(both)
+    assert len(stored["nuclei"]) == stored["nuclei_features"].n_obs > 50
+    assert not stored.labels
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_encoders_are_listed():
+    result = runner.invoke(cli.app, ["encoders"])
+    assert result.exit_code == 0, result.output
+    header, *rows = result.stdout.splitlines()
+    assert {"licence", "gated", "cached"} <= set(header.split())
+    assert {"morphology", "quiltnet"} <= {row.split()[0] for row in rows if row.strip()}
+
+
+def test_the_doctor_finds_nothing_wrong_here_and_touches_no_network():
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    said = result.stdout
+    assert f"hespotex {hx.__version__}" in said
+    for part in ("Packages", "Extras", "Device", "Cache", "Encoders", "Settings", "bf16", "No problem found"):
+        assert part in said
+
+
+def test_the_doctor_names_what_is_broken(monkeypatch, tmp_path):
+    from importlib.metadata import requires
+
+    (tmp_path / "file").write_text("")
+    listed = ["numpy>=999", "no-such-package", "another-one; extra == 'cluster'", *(requires("hespotex") or [])]
+    monkeypatch.setattr(_doctor, "requires", lambda _: listed)
+    with hx.settings.override(cache_dir=tmp_path / "file" / "cache", device="cuda:7"):
+        result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 1
+    problems = [line.strip() for line in result.stdout.splitlines() if "PROBLEM" in line]
+    assert len(problems) == 4
+    assert "is not >=999" in problems[0]
+    assert "no-such-package is not installed; pip install" in problems[1]
+    assert "device='cuda:7' is not available" in problems[2]
+    assert "cannot be written to" in problems[3]
+    assert "another-one is not installed: pip install 'hespotex[cluster]'" in result.stdout
+    assert "4 problems found" in result.stdout

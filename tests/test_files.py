@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hespotex._files import publish, replacing
+
+
+def make(folder: Path, text: str) -> Path:
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "a.txt").write_text(text)
+    (folder / "b.txt").write_text(text)
+    return folder
+
+
+def test_a_folder_takes_its_name_whole(tmp_path):
+    publish(make(tmp_path / "part", "new"), tmp_path / "final")
+    assert (tmp_path / "final" / "deep" / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_takes_the_place_of_another_and_mixes_nothing(tmp_path):
+    make(tmp_path / "final", "old")
+    (tmp_path / "final" / "only_old.txt").write_text("")
+    publish(make(tmp_path / "part", "new"), tmp_path / "final")
+    assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["b.txt", "deep"]
+    assert (tmp_path / "final" / "b.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_file_takes_the_place_of_another(tmp_path):
+    (tmp_path / "final").write_text("old")
+    (tmp_path / "part").write_text("new")
+    publish(tmp_path / "part", tmp_path / "final")
+    assert (tmp_path / "final").read_text() == "new"
+
+
+def test_what_is_cut_short_leaves_what_was_there(tmp_path):
+    (tmp_path / "final").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        _cut_short(tmp_path / "final")
+    assert (tmp_path / "final").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def _cut_short(path: Path) -> None:
+    with replacing(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
