@@ -62,8 +62,8 @@ class TableStore:
             raise
         return self
 
-    def write(self, rows: slice, values: np.ndarray, layer: str | None = None) -> None:
-        """Write `values` (b, G) float32 to `rows` of ``X``, or of a layer."""
+    def write(self, rows: slice | np.ndarray, values: np.ndarray, layer: str | None = None) -> None:
+        """Write `values` (b, G) float32 to `rows` of ``X``, or of a layer; positions of rows ascend."""
         name = "X" if layer is None else f"layers/{layer}"
         if name not in self._table:
             n_obs, n_vars = self._sdata.tables[self._key].shape
@@ -75,7 +75,12 @@ class TableStore:
                 fill_value=np.nan,
             )
             array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        self._table[name][rows] = values
+        if isinstance(rows, np.ndarray) and len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        if isinstance(rows, slice):
+            self._table[name][rows] = values
+        else:
+            self._table[name].oindex[rows, :] = values
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -25,6 +25,7 @@ from ..errors import (
 )
 from .counts import check_counts, check_names, counts_of, library_size
 from .geometry import shape_centres
+from .lazy_counts import LazyCounts, as_lazy, is_lazy
 from .parts import Observed, PartsView, parts_view
 from .section import Level, Section, Targets
 from .tables import AnnotatedTable, resolve_slides, resolve_table, row_positions, table_centres
@@ -377,7 +378,8 @@ def _targets(
             HespotexWarning,
             stacklevel=4,
         )
-        rows, counts, total = rows[enough], counts[enough], total[enough]
+        rows, total = rows[enough], total[enough]
+        counts = counts.take(rows=enough) if isinstance(counts, LazyCounts) else counts[enough]
     return rows, Targets(counts, total, tuple(genes), unit)
 
 
@@ -444,15 +446,22 @@ def _edges(adata: AnnData, rows: np.ndarray, name: str) -> sparse.csr_array:
 
 def _counts(
     adata: AnnData, rows: np.ndarray, genes: Sequence[str], counts_layer: str | None, name: str
-) -> tuple[sparse.csr_array, np.ndarray]:
-    """Counts of the panel, CSR (n, G), and the total over all genes, (n,)."""
+) -> tuple[sparse.csr_array | LazyCounts, np.ndarray]:
+    """Counts of the panel, CSR (n, G) or yet on disk, and the total over all genes, (n,)."""
     import pandas as pd
 
-    source = counts_of(adata, counts_layer, f"section {name!r}")
+    source = counts_of(adata, counts_layer, f"section {name!r}", lazy=True)
     check_counts(source, f"section {name!r}")
     columns = adata.var_names.get_indexer(pd.Index(list(genes)))
     if (columns < 0).any():
         missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
         raise MissingKeyError(f"section {name!r} lacks {len(missing)} of {len(genes)} genes: {', '.join(missing[:10])}")
+    total = library_size(source)[rows]
+    if is_lazy(source):
+        lazy = as_lazy(source, f"section {name!r}")
+        every_gene = np.array_equal(columns, np.arange(adata.n_vars))
+        return lazy.take(
+            rows=None if len(rows) == adata.n_obs else rows, columns=None if every_gene else columns
+        ), total
     panel = sparse.csr_array(source[:, columns])
-    return panel[rows], library_size(source)[rows]
+    return panel[rows], total

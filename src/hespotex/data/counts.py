@@ -9,6 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from ..errors import CountsError, MissingKeyError
+from .lazy_counts import as_lazy, is_lazy
 
 __all__ = ["check_counts", "check_names", "counts_of", "library_size"]
 
@@ -20,6 +21,9 @@ def _stored_blocks(counts: Any) -> Any:
     if sparse.issparse(counts):
         yield counts.data
         return
+    if is_lazy(counts):
+        yield from (block.data for block in as_lazy(counts).blocks())
+        return
     for start in range(0, counts.shape[0], _BLOCK_ROWS):
         yield np.asarray(counts[start : start + _BLOCK_ROWS])
 
@@ -30,7 +34,7 @@ def check_counts(counts: Any, where: str = "X") -> None:
     Parameters
     ----------
     counts
-        Matrix (n, G), sparse or dense. It is read only.
+        Matrix (n, G), sparse or dense, in memory or on disk. It is read only.
     where
         What the matrix is called in the message.
 
@@ -90,11 +94,15 @@ def check_names(names: Sequence[str], where: str = "gene names") -> None:
 
 def library_size(counts: Any) -> np.ndarray:
     """Total count of each observation over all genes, (n,) float64."""
+    if is_lazy(counts):
+        return np.concatenate([library_size(block) for block in as_lazy(counts).blocks()])
     return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
-def counts_of(adata: Any, layer: str | None, where: str) -> Any:
+def counts_of(adata: Any, layer: str | None, where: str, *, lazy: bool = False) -> Any:
     """The matrix of an AnnData that should hold the counts, not yet checked.
+
+    One that is on disk is read into memory unless the caller can read it in blocks, which `lazy` says.
 
     Raises
     ------
@@ -109,4 +117,4 @@ def counts_of(adata: Any, layer: str | None, where: str) -> Any:
     counts = adata.X if layer is None else adata.layers[layer]
     if counts is None:
         raise CountsError(f"{where} has no counts: X is empty")
-    return counts
+    return as_lazy(counts, where).to_memory() if is_lazy(counts) and not lazy else counts

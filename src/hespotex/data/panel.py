@@ -16,6 +16,7 @@ from scipy import sparse
 from .._keys import Keys
 from ..errors import CountsError, DataValueError, MissingKeyError
 from .counts import check_counts, check_names, library_size
+from .lazy_counts import as_lazy, is_lazy
 from .units import normalize_sparse
 
 __all__ = ["METHODS", "Method", "PanelSource", "choose_panel", "shared_genes"]
@@ -41,7 +42,7 @@ class PanelSource:
     Attributes
     ----------
     counts
-        Raw counts, sparse (n, G).
+        Raw counts, sparse (n, G), in memory or on disk.
     genes
         Names of the columns.
     total
@@ -72,7 +73,24 @@ class PanelSource:
     def columns(self, genes: Sequence[str]) -> sparse.csc_array:
         """Counts of `genes` in that order."""
         place = {gene: column for column, gene in enumerate(self.genes)}
-        return sparse.csc_array(sparse.csc_array(self.counts)[:, [place[gene] for gene in genes]])
+        columns = np.array([place[gene] for gene in genes], dtype=np.int64)
+        if is_lazy(self.counts):
+            return sparse.csc_array(as_lazy(self.counts).take(columns=columns).to_memory())
+        return sparse.csc_array(sparse.csc_array(self.counts)[:, columns])
+
+    def n_stored(self, genes: Sequence[str]) -> np.ndarray:
+        """Number of observations that `genes` were counted in, one by one."""
+        if not is_lazy(self.counts):
+            return np.diff(self.columns(genes).indptr)
+        n_genes = self.counts.shape[1]
+        found = sum(np.bincount(block.indices, minlength=n_genes) for block in as_lazy(self.counts).blocks())
+        place = {gene: column for column, gene in enumerate(self.genes)}
+        return np.asarray(found)[[place[gene] for gene in genes]]
+
+    def column_sums(self) -> np.ndarray:
+        """Total count of each gene."""
+        blocks = as_lazy(self.counts).blocks() if is_lazy(self.counts) else [self.counts]
+        return np.sum([np.asarray(block.sum(axis=0, dtype=np.float64)).ravel() for block in blocks], axis=0)
 
 
 def shared_genes(sources: Sequence[PanelSource]) -> list[str]:
@@ -81,7 +99,7 @@ def shared_genes(sources: Sequence[PanelSource]) -> list[str]:
         raise DataValueError("sdatas is empty: a panel is chosen from at least one section")
     shared: set[str] | None = None
     for source in sources:
-        seen = np.asarray(source.counts.sum(axis=0, dtype=np.float64)).ravel() > 0
+        seen = source.column_sums() > 0
         names = {gene for gene, present in zip(source.genes, seen, strict=True) if present}
         shared = names if shared is None else shared & names
     return sorted(shared or ())
@@ -115,11 +133,17 @@ def choose_panel(
     if not genes:
         raise DataValueError("the gene panel is empty: the sections share no gene that is counted in all of them")
 
-    counts = [source.columns(genes) for source in sources]
-    n_spots = sum(matrix.shape[0] for matrix in counts)
+    n_spots = sum(source.counts.shape[0] for source in sources)
     needed = _spots_needed(method, n_top, min_spots_fraction, min_spots, n_spots)
-    detected = np.sum([np.diff(matrix.indptr) for matrix in counts], axis=0) >= needed
-    if method == "hvg":
+    counts: list[sparse.csc_array] = []
+    if method == "hvg" and len(genes) <= n_top:  # all of them, without a look at the values
+        detected = np.sum([source.n_stored(genes) for source in sources], axis=0) >= needed
+    else:
+        counts = [source.columns(genes) for source in sources]
+        detected = np.sum([np.diff(matrix.indptr) for matrix in counts], axis=0) >= needed
+    if not counts:
+        chosen = detected
+    elif method == "hvg":
         # As published: first the union over sections, then the filter, so that it also thins a list taken whole.
         chosen = _highly_variable(sources, counts, n_top, span) & detected
     else:
@@ -161,8 +185,6 @@ def _highly_variable(
     from anndata import AnnData
 
     n_genes = counts[0].shape[1]
-    if n_genes <= n_top:
-        return np.ones(n_genes, dtype=bool)
     union = np.zeros(n_genes, dtype=bool)
     names = pd.Index([str(column) for column in range(n_genes)])
     for source, matrix in zip(sources, counts, strict=True):

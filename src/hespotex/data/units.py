@@ -5,7 +5,7 @@ A prediction carries the name of its unit, and comparing two units is an error.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 from scipy import sparse
@@ -49,8 +49,13 @@ def normalize(
     An observation without counts stays all zero.
     """
     check_unit(unit)
-    dense: Any = counts
-    values = np.asarray(dense.toarray() if sparse.issparse(counts) else dense, dtype=np.float64)
+    if sparse.issparse(counts):  # the same numbers, and nothing to do for the zeros
+        stored = sparse.csr_array(counts)
+        if not stored.has_canonical_format:
+            stored = stored.copy()
+            stored.sum_duplicates()
+        return normalize_sparse(stored, library_size, unit).toarray()
+    values = np.asarray(counts, dtype=np.float64)
     if unit == "counts":
         return values.astype(np.float32)
     if unit in _PLAIN_LOGS:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.section import Level, Prediction, Section
 from ..errors import DataTypeError, DataValueError, ModelMismatchError
+from ._distributed import fit_together, sized
 from ._recipe import Recipe
 
 __all__ = ["NEEDS", "Model", "ModelInfo", "Run", "Task", "check_sections"]
@@ -44,6 +45,7 @@ class ModelInfo:
     needs: tuple[str, ...] = ("embedding",)  # of NEEDS
     trained: bool = True  # False: hx.tl.predict(sdata, name) works at once
     uncertainty: bool = False
+    distributed: bool = False  # whether the batches of its fit can be shared out among devices
     cost: str = ""  # of a fit on one her2st section on two CPU cores, and how it grows
     presets: tuple[str, ...] = ()
     paper: str = ""  # DOI; else where it was published
@@ -51,13 +53,35 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """How to fit, as opposed to what: nothing here changes the method."""
+    """How to fit, as opposed to what: nothing here changes the method but for the batches that one step sees."""
 
     seed: int = 0
     device: str = "auto"
     precision: str | None = None  # Lightning's word; None: 16-bit mixed on CUDA, 32-bit elsewhere
     progress_bar: bool = False
     checkpoint_dir: Path | None = None  # where an interrupted fit resumes from
+    devices: int | Literal["auto"] = 1  # of each machine, with a process each; "auto": all CUDA devices
+    num_nodes: int = 1  # machines
+    accumulate_grad_batches: int = 1  # batches of each process whose mean gradient makes a step
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "num_nodes", "accumulate_grad_batches"):
+            value = getattr(self, name)
+            if name == "devices" and value == "auto":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                wanted = "a whole number of at least 1" + (", or 'auto'" if name == "devices" else "")
+                raise DataValueError(f"{name}={value!r} must be {wanted}")
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that fit together."""
+        return 1 if self.devices == "auto" else self.devices * self.num_nodes
+
+    @property
+    def per_step(self) -> int:
+        """Batches whose mean gradient makes a step."""
+        return self.n_processes * self.accumulate_grad_batches
 
 
 class Model(ABC, Generic[Config]):
@@ -135,11 +159,12 @@ class Model(ABC, Generic[Config]):
 
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
         """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
+        run = sized(run or Run(), self)
         self._fitted, self.recipe = False, None
         self.genes, self.unit, self.n_features = check_sections(sections, self.needs)
         self.fitted_on = tuple(map(_mark, sections)) if self.info.task == "in-sample" else ()
         self.history, self.scores = [], {}
-        self._fit(sections, run or Run())
+        fit_together(self, sections, run)
         self._fitted = True
         return self
 

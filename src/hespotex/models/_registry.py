@@ -51,6 +51,11 @@ def names() -> list[str]:
     return sorted({*_BUILTIN, *_REGISTERED, *_plugins()})
 
 
+def distributed_names() -> list[str]:
+    """Models whose fit can be shared out among devices."""
+    return [name for name in names() if get(name).info.distributed]
+
+
 def get(name: str) -> type[Model]:
     """The class of model `name`.
 
@@ -114,6 +119,7 @@ def available() -> pd.DataFrame:
             "needs": ", ".join(info.needs),
             "trained": info.trained,
             "uncertainty": info.uncertainty,
+            "distributed": info.distributed,
             "cost": info.cost,
             "presets": ", ".join(info.presets),
             "summary": info.summary,

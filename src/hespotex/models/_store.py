@@ -45,8 +45,13 @@ def _folder(identity: str) -> Path:
 def remember(model: Model) -> str:
     """Keep `model` in the cache; returns its identity."""
     identity = identify(model)
-    if not _folder(identity).exists():
-        model.save(_folder(identity))
+    folder = _folder(identity)
+    if not folder.exists():
+        try:
+            model.save(folder)
+        except (OSError, DataValueError):
+            if not folder.exists():  # else another process, which trained the same model, was faster
+                raise
     return identity
 
 

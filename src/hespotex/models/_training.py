@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +27,9 @@ import numpy as np
 from .._device import resolve_device
 from .._logging import logger
 from .._optional import optional_import
-from ..errors import DataValueError, HespotexWarning
+from ..errors import DataValueError, HespotexWarning, ModelMismatchError
 from ._base import Run
+from ._distributed import Group, group_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,8 @@ __all__ = ["Fit", "fit_lightning", "forget_checkpoints"]
 
 # An interrupted fit loses at most this many times what writing its state takes, and writing costs 5 % at most.
 _SAVE_EVERY = 20
+_UNWEIGHTED = "unweighted loss"
+_ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class Fit:
         Monitored value at that epoch; NaN if nothing was monitored.
     checkpoint
         File that the fit would resume from; :func:`forget_checkpoints` removes it.
+    group
+        Processes that fitted together.
     """
 
     history: list[dict[str, float]]
     best_epoch: int
     best_score: float
     checkpoint: Path | None = None
+    group: Group = _ALONE
 
 
 def fit_lightning(
@@ -120,10 +127,19 @@ def fit_lightning(
     taken up.
     :func:`forget_checkpoints` removes them once the whole model is fitted.
 
+    Where several processes take part, item i of an epoch goes to process i modulo their number, and a step follows the
+    mean gradient of as many consecutive items as there are processes, times ``run.accumulate_grad_batches``; of the items
+    that are left, at the end of an epoch. Random numbers then depend on the item, so that it does not matter which
+    process sees it: two processes do what one does that accumulates two items, up to rounding. All of them validate on
+    everything, go by what the first finds, and end with the same weights.
+
     Raises
     ------
     DataValueError
-        If there are no items, `monitor` is not in the history, or the loss is not finite.
+        If there are no items, `monitor` is not in the history, the loss is not finite, or a network that looks at
+        batches as a whole (batch normalisation) is to be fitted by several processes.
+    ModelMismatchError
+        If the processes that take part have different data or saved states.
     KeyboardInterrupt
         If interrupted; the message says whether and from where the fit can go on.
     """
@@ -133,19 +149,21 @@ def fit_lightning(
         raise DataValueError(f"max_epochs={max_epochs} must be at least 1")
     lightning = optional_import("lightning.pytorch", feature="training neural models")
     import torch
-    from lightning.pytorch.plugins.environments import LightningEnvironment
 
     device = resolve_device(run.device)
     precision = run.precision or ("16-mixed" if device.type == "cuda" else "32-true")
+    group = group_of(run)
     path = None
     if run.checkpoint_dir is not None:
         loop = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle)
-        settings = (*loop, run.seed, device.type, precision)
+        settings = (*loop, run.seed, device.type, precision, group.size, run.accumulate_grad_batches)
         mark = _fingerprint(module, items, validation, settings)
         path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
-    order = _Order(items, run.seed, shuffle=shuffle, visit=visit)
+    order = _Order(items, run.seed, shuffle=shuffle, visit=visit, group=group, accumulate=run.accumulate_grad_batches)
     watcher = _watcher(order, path, monitor=monitor, mode=mode, patience=patience, max_epochs=max_epochs, name=name)
     saved = None if path is None else _read(path)
+    if group.size > 1:
+        _check_group(group, module, order, len(validation), path, saved, name)
     if saved is not None:
         state = saved["callbacks"][watcher.state_key]
         if state["finished"]:
@@ -153,23 +171,29 @@ def fit_lightning(
             module.load_state_dict(saved["state_dict"])
             return watcher.finish(module)
         logger.info("%s resumes after epoch %d from %s", name, len(state["history"]), path)
-    with _quiet(), _restored_flags(), _forked(device), _progress(watcher, run, max_epochs, name):
+    with (
+        _quiet(),
+        _restored_flags(),
+        _forked(device),
+        _progress(watcher, run, max_epochs, name),
+        _weighted_steps(module, order),
+    ):
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
-            devices=[device.index or 0] if device.type == "cuda" else 1,
             precision=precision,
             max_epochs=max_epochs,
+            accumulate_grad_batches=run.accumulate_grad_batches,
             callbacks=[watcher],
             check_val_every_n_epoch=validate_every,
             gradient_clip_val=gradient_clip,
             deterministic="warn",
-            plugins=[LightningEnvironment()],  # a SLURM job must not be taken for a distributed run
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            **_strategy(device, run, group),
         )
         # Lightning answers Ctrl-C by ignoring further ones for good and leaving the interpreter.
         with _own_interrupt(trainer, path, name):
@@ -185,29 +209,142 @@ def fit_lightning(
 
 
 def forget_checkpoints(*fits: Fit) -> None:
-    """Remove what `fits` would resume from."""
+    """Remove what `fits` would resume from; where several processes fitted, the first does once all have finished."""
     for fit in fits:
         if fit.checkpoint is not None:
-            fit.checkpoint.unlink(missing_ok=True)
+            fit.group.gather(None)
+            if fit.group.rank == 0:
+                fit.checkpoint.unlink(missing_ok=True)
 
 
 class _Order:
-    """Items in an order that depends on seed and epoch alone; what Lightning takes for a data loader."""
+    """Items in an order that depends on seed and epoch alone; what Lightning takes for a data loader.
+
+    Of several processes each takes every so many items. All need as many: where the items do not suffice, a process
+    repeats one, with weight 0.
+    """
 
     def __init__(
-        self, items: Sequence[Any], seed: int, *, shuffle: bool, visit: Callable[[int], Sequence[int]] | None = None
+        self,
+        items: Sequence[Any],
+        seed: int,
+        *,
+        shuffle: bool,
+        visit: Callable[[int], Sequence[int]] | None = None,
+        group: Group = _ALONE,
+        accumulate: int = 1,
     ) -> None:
         self.items, self.seed, self.shuffle, self.visit, self.epoch = items, seed, shuffle, visit, 0
+        self.group, self.per_step = group, group.size * accumulate
+
+    @property
+    def n_visited(self) -> int:
+        """Items that all processes see in an epoch."""
+        return len(self.items) if self.visit is None else len(self.visit(0))
 
     def __len__(self) -> int:
-        return len(self.items) if self.visit is None else len(self.visit(0))
+        return -(-self.n_visited // self.group.size)
 
     def __iter__(self) -> Iterator[Any]:
         order = np.arange(len(self.items)) if self.visit is None else np.array(self.visit(self.epoch))
         if self.shuffle and self.visit is None:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for index in order.tolist():
-            yield self.items[index]
+        for batch in range(len(self)):
+            yield self.items[int(order[self.place(batch) % len(order)])]
+
+    def place(self, batch: int) -> int:
+        """Place in the epoch of a batch of this process."""
+        return batch * self.group.size + self.group.rank
+
+    def counts(self, batch: int) -> bool:
+        """Whether a batch of this process is not a mere repetition."""
+        return self.place(batch) < self.n_visited
+
+    def weight(self, batch: int) -> float:
+        """What makes the mean over the batches of a full step one over those that this step has."""
+        if not self.counts(batch):
+            return 0.0
+        first = self.place(batch) // self.per_step * self.per_step
+        return self.per_step / min(self.per_step, self.n_visited - first)
+
+
+@contextmanager
+def _weighted_steps(module: Any, order: _Order) -> Iterator[None]:
+    """Let the loss of each batch count as `order` says."""
+    if order.per_step == 1:
+        yield
+        return
+    step = module.training_step
+
+    @wraps(step)
+    def weighted(batch: Any, batch_idx: int) -> dict[str, Any]:
+        values = step(batch, batch_idx)
+        values = dict(values) if isinstance(values, Mapping) else {"loss": values}
+        return {**values, _UNWEIGHTED: values["loss"].detach(), "loss": order.weight(batch_idx) * values["loss"]}
+
+    module.training_step = weighted
+    try:
+        yield
+    finally:
+        del module.training_step
+
+
+def _strategy(device: torch.device, run: Run, group: Group) -> dict[str, Any]:
+    """The trainer's arguments that say which processes and devices take part."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    if group.size == 1:
+        return {
+            "devices": [device.index or 0] if device.type == "cuda" else 1,
+            "plugins": [LightningEnvironment()],  # a SLURM job must not be taken for a distributed run
+        }
+    return {
+        "devices": list(range(int(run.devices))) if device.type == "cuda" else int(run.devices),
+        "num_nodes": run.num_nodes,
+        "plugins": [TorchElasticEnvironment()],
+        # Modules keep weights that a fit leaves alone, and whole data sets as buffers.
+        "strategy": DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
+    }
+
+
+def _check_group(
+    group: Group,
+    module: Any,
+    order: _Order,
+    n_validation: int,
+    path: Path | None,
+    saved: Mapping[str, Any] | None,
+    name: str,
+) -> None:
+    """Raise unless all processes set out from the same; before they wait for each other in vain."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    if any(isinstance(each, _BatchNorm) for each in module.modules()):
+        raise DataValueError(f"{name!r} normalises by batch, which several processes would do each by its own batches")
+    epochs = None if saved is None else len(saved["callbacks"]["hespotex"]["history"])
+    shapes = [tuple(value.shape) for value in module.state_dict().values()]
+    found = group.gather(
+        {
+            "batches": (len(order.items), order.n_visited, n_validation),
+            "shapes of the weights": shapes,
+            "seed": order.seed,
+            "data or settings": None if path is None else path.name,
+            "epochs kept in checkpoint_dir": epochs,
+        }
+    )
+    if differing := [key for key in found[0] if any(each[key] != found[0][key] for each in found)]:
+        raise ModelMismatchError(
+            f"the processes that fit {name!r} together differ in {', '.join(differing)}; give all of them the same "
+            "sections and arguments, and a checkpoint_dir that they share"
+        )
+    if order.n_visited < group.size and group.rank == 0:
+        warnings.warn(
+            f"an epoch of {name!r} has {order.n_visited} batches, so that only as many of {group.size} processes have "
+            "something to do",
+            HespotexWarning,
+            stacklevel=3,
+        )
 
 
 def _watcher(
@@ -261,6 +398,10 @@ def _watcher(
             torch.manual_seed(_mix(order.seed, trainer.current_epoch))
             self.sums, self.counts = {}, {}
 
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if order.per_step > 1:
+                torch.manual_seed(_mix(order.seed, trainer.current_epoch, order.place(batch_idx)))
+
         def _add(self, values: Any, prefix: str) -> None:
             if not isinstance(values, Mapping):
                 values = {"loss": values}
@@ -270,7 +411,11 @@ def _watcher(
                 self.counts[prefix + key] = self.counts.get(prefix + key, 0) + 1
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self._add(outputs, "")
+            if _UNWEIGHTED in outputs:
+                outputs = {**outputs, "loss": outputs[_UNWEIGHTED]}
+                del outputs[_UNWEIGHTED]
+            if order.counts(batch_idx):
+                self._add(outputs, "")
 
         def on_validation_batch_end(
             self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -279,7 +424,10 @@ def _watcher(
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             epoch = len(self.history) + 1
-            row = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+            due = path is not None and time.monotonic() - self.saved_at > _SAVE_EVERY * self.save_took
+            sums = {key: float(total) for key, total in self.sums.items()}
+            found = order.group.gather((sums, self.counts, due))
+            row, due = _means([each[0] for each in found], [each[1] for each in found]), found[0][2]
             if not np.isfinite(row["loss"]):
                 raise DataValueError(
                     f"the loss of {name!r} became {row['loss']} in epoch {epoch}; lower the learning rate, or set "
@@ -304,7 +452,7 @@ def _watcher(
             if self.bar is not None:
                 self.bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
                 self.bar.update(1)
-            if path is not None and (self.finished or time.monotonic() - self.saved_at > _SAVE_EVERY * self.save_took):
+            if path is not None and (self.finished or due):
                 start = time.monotonic()
                 _write(trainer, path)
                 self.saved_at = time.monotonic()
@@ -314,22 +462,33 @@ def _watcher(
             if self.best_weights is not None:
                 module.load_state_dict(self.best_weights)
             module.eval()
-            return Fit(self.history, self.best_epoch, self.best_score, path)
+            return Fit(self.history, self.best_epoch, self.best_score, path, order.group)
 
     return Watcher()
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """A seed for torch that differs for every (seed, epoch)."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+def _means(sums: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Means over the batches that several processes have seen; all of them validate on the same, so that one counts."""
+    row = {}
+    for key in sums[0]:
+        processes = range(1) if key.startswith("val_") else range(len(sums))
+        total = sum(sums[i].get(key, 0.0) for i in processes)
+        row[key] = total / sum(counts[i].get(key, 0) for i in processes)
+    return row
+
+
+def _mix(*numbers: int) -> int:
+    """A seed for torch that differs for all (seed, epoch) and (seed, epoch, place in the epoch)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _write(trainer: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        trainer.save_checkpoint(staging)
-        staging.replace(path)
+        trainer.save_checkpoint(staging)  # of several processes the first writes
+        if trainer.is_global_zero:
+            staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
 
@@ -427,6 +586,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
             warnings.filterwarnings("ignore", message=r".*does not have a deterministic implementation.*")
+            warnings.filterwarnings("ignore", message=r".*find_unused_parameters=True was specified.*")
             yield
     finally:
         for each, level in zip(loggers, levels, strict=True):

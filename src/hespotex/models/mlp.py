@@ -92,6 +92,7 @@ class MLP(Model[MLPConfig]):
     info: ClassVar[ModelInfo] = ModelInfo(
         name="mlp",
         summary="Multilayer perceptron on the embedding, stopped by a held-out group",
+        distributed=True,
         cost="seconds; grows with spots × genes",
         presets=("default",),
     )

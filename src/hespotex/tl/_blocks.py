@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from .._keys import Keys
 from ..data.provenance import record
 from ..data.section import Prediction, rows_of
 from ..data.stored import COMPANIONS
@@ -16,9 +17,10 @@ from ..models._store import identify
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from ..data.blockwise import TableStore
     from ..models import Model, Recipe
 
-__all__ = ["arrays_of", "chosen_genes", "record_prediction"]
+__all__ = ["arrays_of", "chosen_genes", "record_prediction", "store_blocks"]
 
 _OF_GENES: Final = ("mean", *COMPANIONS, "samples")
 
@@ -55,6 +57,25 @@ def arrays_of(block: Prediction, columns: np.ndarray | None) -> Iterator[tuple[s
         if columns is not None and name in _OF_GENES:
             values = values[:, columns]
         yield name, values.astype(np.float32, copy=False)
+
+
+def store_blocks(
+    store: TableStore, key: str, blocks: Iterator[Prediction], columns: np.ndarray | None, rows: np.ndarray
+) -> int:
+    """Write a prediction to disk block by block, without latent, samples and domain score; the number of rows written.
+
+    `rows` are those of the table that the prediction is of, in its order.
+    """
+    start = 0
+    for block in blocks:
+        own = rows[start : start + len(block.ids)]
+        start += len(block.ids)
+        for what, part in arrays_of(block, columns):
+            if what == "mean":
+                store.write(own, part)
+            elif what in COMPANIONS:
+                store.write(own, part, layer=Keys.derived(key, what))
+    return start
 
 
 def record_prediction(

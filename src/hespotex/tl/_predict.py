@@ -13,7 +13,7 @@ import numpy as np
 from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._settings import settings
-from ..data.blockwise import check_target
+from ..data.blockwise import TableStore, check_fits, check_target
 from ..data.bridge import SectionView, as_list, attributes, embedding_entry, views_of
 from ..data.provenance import from_uns
 from ..data.stored import COMPANIONS, check_free, write_prediction
@@ -23,7 +23,7 @@ from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyE
 from ..models import Model, Recipe, get
 from ..models._registry import names
 from ..models._store import recall
-from ._blocks import arrays_of, chosen_genes, record_prediction
+from ._blocks import arrays_of, chosen_genes, record_prediction, store_blocks
 from ._predict_parts import fit_untrained, predict_parts
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def predict(
     raster
         Write a superpixel prediction as an image, too.
     target
-        Folder of a zarr store, for a prediction below the spot that is larger than memory: it is written there block by
-        block as a SpatialData with the shapes and one table, and `data` stays as it is. It appears only when whole.
+        Folder of a zarr store, for a prediction that is larger than memory: it is written there block by block as a
+        SpatialData with the shapes and one table ``"<key>_<shapes>"``, without latent representation, samples and domain
+        score, and `data` stays as it is. It appears only when whole.
     copy
         Return the prediction as AnnData and leave `data` as it was.
     progress_bar
@@ -197,11 +198,14 @@ def predict(
                     progress_bar=shown,
                     **where_from,
                 )
-            elif raster or target is not None or parts_key is not None:
+            elif raster or parts_key is not None:
                 raise DataValueError(
-                    f"raster=, target= and parts_key= are for methods below the spot; {chosen.info.name!r} predicts spots"
+                    f"raster= and parts_key= are for methods below the spot; {chosen.info.name!r} predicts spots"
                 )
             else:
+                if target is not None:
+                    _check_has_shapes(own)
+                panel, columns = chosen_genes(chosen.recipe, genes)
                 table = _prepare(
                     own,
                     chosen,
@@ -212,8 +216,15 @@ def predict(
                     batch_size=batch_size,
                     device=device,
                     progress_bar=shown,
+                    n_genes=len(panel) if target is None else None,
                 )
-                where = _predict_one(own, table, chosen, chosen.recipe, key, image_key, block_rows, genes)
+                if block_rows < 1:
+                    raise DataValueError(f"block_rows={block_rows} must be at least 1")
+                if target is not None:
+                    _predict_to_disk(own, table, chosen, key, image_key, block_rows, panel, columns, target)
+                    where = f"{target}"
+                else:
+                    where = _predict_one(own, table, chosen, key, image_key, block_rows, panel, columns)
         logger.info("predicted %d genes with %s: %s", len(chosen.genes), chosen.info.name, where)
         if copy:
             from ..get import prediction
@@ -304,8 +315,12 @@ def _prepare(
     batch_size: int | None,
     device: str | None,
     progress_bar: bool,
+    n_genes: int | None,
 ) -> AnnotatedTable:
-    """Run the ``pp`` steps that are missing, with the model's parameters; the table to predict for."""
+    """Run the ``pp`` steps that are missing, with the model's parameters; the table to predict for.
+
+    Of `n_genes` a prediction has to fit into memory.
+    """
     from anndata import AnnData
 
     from .. import pp
@@ -314,6 +329,7 @@ def _prepare(
     assert recipe is not None
     if isinstance(data, AnnData):
         table = resolve_table(data)
+        _check_room(table.adata.n_obs, n_genes, model)
         _check_embedding(table.adata, recipe)
         _require_on_anndata(table.adata, model, recipe)
         return table
@@ -335,6 +351,8 @@ def _prepare(
     else:
         shapes_key = resolve_shapes_key(data, shapes_key, table_key)
     embedded = _table_of(data, shapes_key, table_key, recipe)
+    # An embedding of hours must not come before the refusal of what it is for.
+    _check_room(len(data.shapes[str(shapes_key)]) if embedded is None else embedded.adata.n_obs, n_genes, model)
     if embedded is None or recipe.embedding_key not in embedded.adata.obsm:
         if not recipe.encoder:
             raise MissingKeyError(
@@ -426,30 +444,83 @@ def _require_on_anndata(adata: AnnData, model: Model, recipe: Recipe) -> None:
         )
 
 
-def _predict_one(
-    data: SpatialData | AnnData,
-    table: AnnotatedTable,
-    model: Model,
-    recipe: Recipe,
-    key: str,
-    image_key: str | None,
-    block_rows: int,
-    genes: Sequence[str] | None,
-) -> str:
-    """Predict all rows of `table` and write the result; returns where it went."""
-    if block_rows < 1:
-        raise DataValueError(f"block_rows={block_rows} must be at least 1")
-    adata = table.adata
-    if not is_derived(adata):
-        check_free(adata, key)
-    views = views_of(
+def _check_room(n_obs: int, n_genes: int | None, model: Model) -> None:
+    if n_genes is not None:
+        check_fits(n_obs, n_genes, 2 if model.info.uncertainty else 1, "a prediction")
+
+
+def _check_has_shapes(data: SpatialData | AnnData) -> None:
+    if not hasattr(data, "shapes"):
+        raise DataTypeError(
+            f"target= writes a SpatialData with the shapes that are predicted, and {type(data).__name__} holds none; give the "
+            "SpatialData"
+        )
+
+
+def _views(
+    data: SpatialData | AnnData, table: AnnotatedTable, model: Model, recipe: Recipe, image_key: str | None
+) -> list[SectionView]:
+    return views_of(
         data,
         table_key=table.key,
         image_key=image_key,
         embedding_key=recipe.embedding_key,
         with_edges="graph" in model.needs,
     )
-    panel, columns = chosen_genes(recipe, genes)
+
+
+def _predict_to_disk(
+    data: SpatialData,
+    table: AnnotatedTable,
+    model: Model,
+    key: str,
+    image_key: str | None,
+    block_rows: int,
+    panel: tuple[str, ...],
+    columns: np.ndarray | None,
+    target: str | Path,
+) -> None:
+    """Predict all rows of `table` into a store of their own, which holds them and their shapes."""
+    from spatialdata import SpatialData
+
+    assert model.recipe is not None
+    views = _views(data, table, model, model.recipe, image_key)
+    name = Keys.prediction_table(key, table.regions[0])
+    fresh = _new_table(table, panel, views)
+    record_prediction(fresh, key, "X", model, model.recipe, panel)
+    mark_table(fresh, "prediction")
+    shapes = {region: data.shapes[region] for region in table.regions}
+    skeleton = SpatialData.init_from_elements({**shapes, name: fresh}, attrs=dict(data.attrs))
+    with TableStore(target, skeleton, name) as store:
+        written = 0
+        for view in views:
+            blocks = model.predict_blocks(view.section, block_rows=block_rows)
+            written += store_blocks(store, key, blocks, columns, view.rows)
+        _check_whole(written, fresh.n_obs)
+
+
+def _check_whole(filled: int, n_obs: int) -> None:
+    if filled != n_obs:
+        raise ModelMismatchError(f"the model left {n_obs - filled} of {n_obs} observations without a prediction")
+
+
+def _predict_one(
+    data: SpatialData | AnnData,
+    table: AnnotatedTable,
+    model: Model,
+    key: str,
+    image_key: str | None,
+    block_rows: int,
+    panel: tuple[str, ...],
+    columns: np.ndarray | None,
+) -> str:
+    """Predict all rows of `table` and write the result; returns where it went."""
+    recipe = model.recipe
+    assert recipe is not None
+    adata = table.adata
+    if not is_derived(adata):
+        check_free(adata, key)
+    views = _views(data, table, model, recipe, image_key)
     arrays = _fill(model, views, adata.n_obs, block_rows, columns)
     values = arrays.pop("mean")
     companions = {name: arrays[name] for name in COMPANIONS if name in arrays}
@@ -497,8 +568,7 @@ def _fill(
                     arrays[name] = np.empty((n_obs, *part.shape[1:]), dtype=np.float32)
                 arrays[name][rows] = part
             filled[rows] = True
-    if not filled.all():
-        raise ModelMismatchError(f"the model left {int((~filled).sum())} of {n_obs} observations without a prediction")
+    _check_whole(int(filled.sum()), n_obs)
     return arrays
 
 

@@ -20,7 +20,7 @@ from ..data.stored import COMPANIONS
 from ..data.tables import mark_table, resolve_table, table_role
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError, ModelMismatchError
 from ..models import Model, Recipe, create
-from ._blocks import arrays_of, chosen_genes, record_prediction
+from ._blocks import arrays_of, chosen_genes, record_prediction, store_blocks
 from ._train import fit_model
 
 if TYPE_CHECKING:
@@ -325,16 +325,7 @@ def _to_disk(
         {view.shapes_key: sdata.shapes[view.shapes_key], name: table}, attrs=dict(sdata.attrs)
     )
     with TableStore(target, skeleton, name) as store:
-        start = 0
-        for block in blocks:
-            rows = slice(start, start + len(block.ids))
-            start = rows.stop
-            for what, part in arrays_of(block, columns):
-                if what == "mean":
-                    store.write(rows, part)
-                elif what in COMPANIONS:
-                    store.write(rows, part, layer=Keys.derived(key, what))
-        _check_whole(start, table.n_obs)
+        _check_whole(store_blocks(store, key, blocks, columns, np.arange(table.n_obs)), table.n_obs)
 
 
 def _check_whole(filled: int, n_obs: int) -> None:

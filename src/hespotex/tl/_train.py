@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -58,6 +58,9 @@ def train(
     min_counts: int = 1,
     device: str | None = None,
     precision: str | None = None,
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    accumulate_grad_batches: int = 1,
     checkpoint_dir: str | Path | None = None,
     seed: int | None = None,
     progress_bar: bool | None = None,
@@ -71,7 +74,7 @@ def train(
     sdatas
         One or many sections with an embedding (:func:`hespotex.pp.embed`) and, for models that need them, a
         graph (:func:`hespotex.pp.spatial_graph`) and nuclei (:func:`hespotex.pp.segment_nuclei`). An AnnData
-        suffices when these are there. Models below the spot need a SpatialData with superpixels
+        suffices when these are there. Counts may stay on disk (:func:`hespotex.io.read_lazy`). Models below the spot need a SpatialData with superpixels
         (:func:`hespotex.pp.superpixels`) or nuclei, and their embedding.
     model
         Name in :func:`hespotex.models.available`, or an unfitted model.
@@ -99,8 +102,17 @@ def train(
     precision
         Lightning's word, such as ``"32-true"`` or ``"bf16-mixed"``; by default 16-bit mixed on CUDA (not for
         ``preset="paper"``) and 32-bit elsewhere.
+    devices
+        Devices of each machine to train on, each with a process of its own: CUDA devices, or on the CPU processes that
+        share its cores; ``"auto"`` takes all CUDA devices. Only for models that :func:`hespotex.models.available` calls
+        distributed.
+    num_nodes
+        Machines; on each of them the script is started with torchrun, and afterwards all processes have the model.
+    accumulate_grad_batches
+        Batches of each process whose mean gradient makes one step. A step thus sees ``devices * num_nodes *
+        accumulate_grad_batches`` of the model's batches, and only that product changes the result.
     checkpoint_dir
-        Folder from which an interrupted training resumes.
+        Folder from which an interrupted training resumes; several machines must share it.
     seed
         Seed of everything random; the global random state is left alone.
     progress_bar
@@ -118,6 +130,10 @@ def train(
         If a section lacks something the model needs; the call that makes it is named.
     CountsError
         If ``X`` does not hold raw counts.
+    DataValueError
+        Among others, if there are not as many devices, or the model is none to train on several.
+    WorkerError
+        If one of several processes died.
 
     See Also
     --------
@@ -154,6 +170,9 @@ def train(
         min_counts=min_counts,
         device=device,
         precision=precision,
+        devices=devices,
+        num_nodes=num_nodes,
+        accumulate_grad_batches=accumulate_grad_batches,
         checkpoint_dir=checkpoint_dir,
         seed=seed,
         progress_bar=progress_bar,
@@ -192,6 +211,9 @@ def fit_model(
     min_counts: int = 1,
     device: str | None = None,
     precision: str | None = None,
+    devices: int | Literal["auto"] = 1,
+    num_nodes: int = 1,
+    accumulate_grad_batches: int = 1,
     checkpoint_dir: str | Path | None = None,
     seed: int | None = None,
     progress_bar: bool | None = None,
@@ -232,6 +254,9 @@ def fit_model(
         precision=precision,
         progress_bar=settings.progress_bar if progress_bar is None else progress_bar,
         checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else None,
+        devices=devices,
+        num_nodes=num_nodes,
+        accumulate_grad_batches=accumulate_grad_batches,
     )
     model.fit([view.section for view in views], run)
     # A method bound to its section reads the same spots of it again.

@@ -114,6 +114,10 @@ class HESpotExConfig:
         Whether 16-bit mixed precision may be used on a GPU.
     chunk
         Observations decoded at a time in training; bounds memory, changes no result.
+    window
+        Sections of more observations are worked on in compact windows of at most so many, together with the neighbours
+        their numbers depend on: each window is a step of the optimiser, and memory does not grow with the section.
+        ``None`` takes every section whole, as published.
     """
 
     unit: str = "log1p_cp10k"
@@ -155,6 +159,7 @@ class HESpotExConfig:
     output: Output = "clip"
     mixed_precision: bool = True
     chunk: int = 16384
+    window: int | None = 65536
 
     def __post_init__(self) -> None:
         check_unit(self.unit)
@@ -202,6 +207,7 @@ _LEAST: dict[str, float] = {
     "epochs": 1,
     "inner_folds": 2,
     "chunk": 1,
+    "window": 64,
 }
 
 # What the authors do, less what looks at the section to be predicted: panel, expression stream and the choice of the
@@ -236,4 +242,5 @@ PAPER = HESpotExConfig(
     weight_decay=1e-3,
     mixed_precision=False,
     chunk=4096,
+    window=None,
 )

@@ -1,9 +1,13 @@
-"""What the image stream reads of a section: scaled features with their context, a neighbour operator, a nuclei factor."""
+"""What the image stream reads of a section: scaled features with their context, a neighbour operator, a nuclei factor.
+
+All of it can be read for some observations alone, so that a section need not fit into memory with its context.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -13,6 +17,7 @@ from ...errors import DataValueError
 from .._inner import read_features
 from ..nn.graphs import edge_index, nearest, neighbour_mean, ring, truncated, with_self_loops
 from ..nn.nuclei import nuclei_factor, nuclei_reference
+from .windows import cut, reached, windows_of
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -20,10 +25,11 @@ if TYPE_CHECKING:
     from ...data.section import Section
     from .config import HESpotExConfig
 
-__all__ = ["ImageInputs", "Inputs", "gate_edges"]
+__all__ = ["ImageInputs", "Inputs", "SectionInputs", "gate_edges"]
 
 _BOUND = 8.0  # of a scaled feature, in units of its spread
 _PCA_ROWS = 8192  # observations, evenly spread, that the principal axes are found from
+_LARGEST_REACH = 2  # windows: observations read at a time, those around the wanted ones included
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +80,8 @@ class Inputs:
     def fit(cls, config: HESpotExConfig, sections: Sequence[Section]) -> Self:
         """Learn scales, axes and reference from training sections."""
         n = sum(section.n_obs for section in sections)
-        centre = sum(read_features(section).sum(axis=0, dtype=np.float64) for section in sections) / n
+        blocks = [(section, rows) for section in sections for rows in _blocks(config, section)]
+        centre = sum(read_features(section, rows).sum(axis=0, dtype=np.float64) for section, rows in blocks) / n
         nuclei = None
         if config.nuclei in {"multiply", "feature"}:
             nuclei = nuclei_reference([_nuclei(config, section) for section in sections])
@@ -82,9 +89,11 @@ class Inputs:
         if config.standardize == "none":
             return inputs
         square, magnitude = np.zeros(1), np.zeros(1)
-        for section in sections:
-            square = square + np.square(inputs._with_context(section), dtype=np.float64).sum(axis=0)
-            magnitude = np.maximum(magnitude, np.abs(read_features(section)).max(axis=0))
+        contexts = [inputs._context(section) for section in sections]
+        for section, context in zip(sections, contexts, strict=True):
+            for rows in _blocks(config, section):
+                square = square + np.square(context.read(rows), dtype=np.float64).sum(axis=0)
+                magnitude = np.maximum(magnitude, np.abs(read_features(section, rows)).max(axis=0))
         if config.nuclei == "feature":
             magnitude = np.append(magnitude, 1.0)
         spread = np.sqrt(square / n)
@@ -95,28 +104,17 @@ class Inputs:
         if config.input_rank is None:
             return inputs
         step = -(-n // _PCA_ROWS)
-        sample = np.concatenate([inputs._scaled(section)[::step] for section in sections])
+        readers = (SectionInputs(inputs, *each) for each in zip(sections, contexts, strict=True))
+        sample = np.concatenate([reader[::step] for reader in readers])
         return replace(inputs, axes=_principal_axes(sample, config.input_rank))
 
+    def of(self, section: Section) -> SectionInputs:
+        """Reader of the arrays of `section`, which may lack expression."""
+        return SectionInputs(self, section, self._context(section))
+
     def __call__(self, section: Section) -> ImageInputs:
-        """Arrays of `section`, which may lack expression."""
-        features = self._scaled(section)
-        if self.axes is not None:
-            features = features @ self.axes
-        operator = neighbour_mean(
-            _decoder_graph(self.config, section), subtract_self=self.config.legacy_self_subtraction
-        )
-        factor = None
-        if self.config.nuclei == "multiply_legacy":
-            factor = nuclei_factor(_nuclei(self.config, section))
-        elif self.config.nuclei == "multiply":
-            factor = nuclei_factor(_nuclei(self.config, section), self.nuclei)
-        return ImageInputs(
-            np.ascontiguousarray(features, dtype=np.float32),
-            edge_index(operator),
-            operator.data.astype(np.float32),
-            factor,
-        )
+        """All arrays of `section` at once."""
+        return self.of(section).window(None)[0]
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays and plain values."""
@@ -128,29 +126,171 @@ class Inputs:
         """Inverse of :meth:`state`."""
         return cls(config, arrays["centre"], arrays.get("scale"), arrays.get("axes"), values["nuclei"])
 
+    def _context(self, section: Section) -> _Context:
+        """Features of `section` before they are scaled, to be read in parts."""
+        config = self.config
+        offset = None
+        if config.standardize == "section":
+            blocks = _blocks(config, section)
+            total = sum(read_features(section, rows).sum(axis=0, dtype=np.float64) for rows in blocks)
+            offset = np.asarray(total / max(section.n_obs, 1), dtype=np.float32)
+        elif config.standardize == "global":
+            offset = self.centre
+        share = None
+        if config.nuclei == "feature":
+            assert self.nuclei is not None
+            share = np.log1p(_nuclei(config, section)) / np.log1p(self.nuclei)
+            share = (share - share.mean()).astype(np.float32)
+        around = neighbour_mean(ring(_lattice(section))).astype(np.float32) if config.context else None
+        return _Context(section, offset, share, around, config.context)
+
     def _with_context(self, section: Section) -> np.ndarray:
         """Features, centred unless used as they come, with the number of nuclei and the context appended."""
-        features = read_features(section)
-        if self.config.standardize == "section":
-            features = features - features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        elif self.config.standardize == "global":
-            features = features - self.centre
-        if self.config.nuclei == "feature":
-            assert self.nuclei is not None
-            share = np.log1p(_nuclei(self.config, section)) / np.log1p(self.nuclei)
-            features = np.column_stack([features, (share - share.mean()).astype(np.float32)])
-        if not self.config.context:
-            return features
-        operator = neighbour_mean(ring(_lattice(section))).astype(np.float32)
-        rounds = [features]
-        for _ in range(self.config.context):
-            rounds.append(operator @ rounds[-1])
-        return np.concatenate(rounds, axis=1)
+        return self._context(section).read(slice(None))
 
-    def _scaled(self, section: Section) -> np.ndarray:
-        features = self._with_context(section)
+    def _scaled(self, features: np.ndarray) -> np.ndarray:
         # The bound keeps a feature that was all but dead in training from overruling the rest where it is not.
-        return features if self.scale is None else np.clip(features * self.scale, -_BOUND, _BOUND)
+        if self.scale is not None:
+            features = features * self.scale
+            np.clip(features, -_BOUND, _BOUND, out=features)
+        return features if self.axes is None else features @ self.axes
+
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """Features of a section about their reference, with the averages over the rings around appended.
+
+    Attributes
+    ----------
+    section
+        Where they are read.
+    offset
+        What is subtracted, (d,), or ``None``.
+    share
+        Number of nuclei as a further feature, (n,), or ``None``.
+    around
+        Operator of one round of averaging, (n, n), or ``None`` without context.
+    rounds
+        How often it is applied.
+    """
+
+    section: Section
+    offset: np.ndarray | None
+    share: np.ndarray | None
+    around: sparse.csr_array | None
+    rounds: int
+
+    def parts(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """`rows` in parts, in order, for each of which at most `size` observations are read."""
+        if self.around is None:
+            yield from np.array_split(rows, max(-(-len(rows) // size), 1))
+        elif len(rows) < 2 or len(reached(self.around, rows, self.rounds)) <= size:
+            yield rows
+        else:
+            for half in np.array_split(rows, 2):
+                yield from self.parts(half, size)
+
+    def read(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Features of some observations, (m, d'); each depends on those at most `rounds` rings away."""
+        around = self.around
+        local: slice | np.ndarray = slice(None)
+        whole = isinstance(rows, slice) and rows == slice(None)
+        if around is not None and not whole:
+            chosen = np.arange(self.section.n_obs)[rows]
+            rows = reached(around, chosen, self.rounds)
+            around, local = cut(around, rows), np.searchsorted(rows, chosen)
+        features = read_features(self.section, rows)
+        if self.offset is not None:
+            features = features - self.offset
+        if self.share is not None:
+            features = np.column_stack([features, self.share[rows]])
+        if around is None:
+            return features
+        found = [features]
+        for _ in range(self.rounds):
+            found.append(around @ found[-1])
+        return np.concatenate([each[local] for each in found], axis=1)
+
+
+class SectionInputs:
+    """The inputs of one section, read for any of its observations; slicing it by rows gives their features."""
+
+    def __init__(self, inputs: Inputs, section: Section, context: _Context) -> None:
+        self._inputs, self._section, self._context = inputs, section, context
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Observations × features."""
+        return self._section.n_obs, int(self[:1].shape[1])
+
+    def __len__(self) -> int:
+        return self._section.n_obs
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Features of some observations, (m, d) float32."""
+        size = self._inputs.config.window
+        if size is None or len(self) <= size:
+            return self._whole[rows]
+        parts = self._context.parts(np.arange(len(self))[rows], _LARGEST_REACH * size)
+        read = [self._read(part) for part in parts]
+        return read[0] if len(read) == 1 else np.concatenate(read)
+
+    @cached_property
+    def operator(self) -> sparse.csr_array:
+        """Neighbour operator of the decoder, (n, n)."""
+        config = self._inputs.config
+        return neighbour_mean(_decoder_graph(config, self._section), subtract_self=config.legacy_self_subtraction)
+
+    @cached_property
+    def factor(self) -> np.ndarray | None:
+        """Nuclei factor, (n, 1) float32, or ``None``."""
+        config = self._inputs.config
+        if config.nuclei == "multiply_legacy":
+            return nuclei_factor(_nuclei(config, self._section))
+        if config.nuclei == "multiply":
+            return nuclei_factor(_nuclei(config, self._section), self._inputs.nuclei)
+        return None
+
+    def windows(self) -> list[np.ndarray]:
+        """Rows of the windows that a larger section is worked on in; one of all rows if it is not."""
+        return windows_of(self._section.coordinates, self._inputs.config.window)
+
+    def window(self, rows: np.ndarray | None, hops: int = 0) -> tuple[ImageInputs, np.ndarray, np.ndarray]:
+        """Arrays of some observations and of those that reach them over `hops` edges; of all for ``None``.
+
+        Returns
+        -------
+        The arrays, the observations they are of, and where among these `rows` are.
+        """
+        if rows is None:
+            rows = every = np.arange(len(self))
+            features = self._whole
+        else:
+            every = reached(self.operator, rows, hops)
+            features = self[every]
+        operator = cut(self.operator, every)
+        inputs = ImageInputs(
+            np.ascontiguousarray(features, dtype=np.float32),
+            edge_index(operator),
+            operator.data.astype(np.float32),
+            None if self.factor is None else self.factor[every],
+        )
+        return inputs, every, np.searchsorted(every, rows)
+
+    @cached_property
+    def _whole(self) -> np.ndarray:
+        return np.ascontiguousarray(self._read(slice(None)), dtype=np.float32)
+
+    def _read(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self._inputs._scaled(self._context.read(rows))
+
+
+def _blocks(config: HESpotExConfig, section: Section) -> Iterator[slice | np.ndarray]:
+    """Rows of a section in parts that fit into memory with their context."""
+    if config.window is None or section.n_obs <= config.window:
+        yield slice(None)
+    else:
+        yield from windows_of(section.coordinates, config.window)
 
 
 def gate_edges(config: HESpotExConfig, section: Section) -> np.ndarray:

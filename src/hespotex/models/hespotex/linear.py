@@ -14,6 +14,7 @@ from .targets import TargetSpace
 if TYPE_CHECKING:
     from ...data.section import Section
     from .._inner import InnerFold
+    from .inputs import SectionInputs
 
 __all__ = ["KernelFeatures", "Regression"]
 
@@ -48,7 +49,7 @@ class KernelFeatures:
     width: float
 
     @classmethod
-    def fit(cls, features: Sequence[np.ndarray], n_landmarks: int) -> Self:
+    def fit(cls, features: Sequence[np.ndarray | SectionInputs], n_landmarks: int) -> Self:
         """Take evenly spread rows of `features` as landmarks and the median of their squared distances as width."""
         from scipy.linalg import eigh
 
@@ -100,7 +101,7 @@ class Regression:
     def fit(
         cls,
         sections: Sequence[Section],
-        features: Sequence[np.ndarray],
+        features: Sequence[np.ndarray | SectionInputs],
         targets: Sequence[np.ndarray],
         folds: Sequence[InnerFold],
         space: TargetSpace,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,15 +19,18 @@ from .._inner import inner_folds, of_shape, row_blocks
 from .._registry import register
 from .._training import Fit, forget_checkpoints
 from ..nn.gate import GATE
+from ..nn.graphs import edge_index
 from .config import PAPER, HESpotExConfig
-from .expression import spot_embeddings
+from .expression import SpotSection, spot_embeddings
 from .image import NAME as IMAGE
-from .image import ImageItem, fit_image_stream, new_members
-from .inputs import ImageInputs, Inputs, gate_edges
+from .image import ImageItems, ImageSection, fit_image_stream, new_members
+from .inputs import Inputs, SectionInputs, gate_edges
 from .linear import KernelFeatures, Regression
 from .targets import TargetSpace
+from .windows import cut, reached
 
 if TYPE_CHECKING:
+    from scipy import sparse
     from torch import Tensor, nn
 
 __all__ = ["HESpotEx"]
@@ -69,6 +72,7 @@ class HESpotEx(Model[HESpotExConfig]):
         name="hespotex",
         summary="Graph attention autoencoder on expression guides a neighbourhood decoder on image features",
         needs=HESpotExConfig().needs,
+        distributed=True,
         cost="under a minute; grows with spots × genes; 'paper': hours",
         presets=("default", "paper"),
         paper="10.1038/s43588-026-00992-0",
@@ -89,19 +93,19 @@ class HESpotEx(Model[HESpotExConfig]):
         self._inputs = Inputs.fit(self.config, sections)
         ranks = sorted(self.config.target_ranks)
         self._space = TargetSpace.fit(sections, scale_genes=self.config.scale_genes, rank=ranks[-1] if ranks else None)
-        inputs = [self._inputs(section) for section in sections]
+        inputs = [self._inputs.of(section) for section in sections]
+        windows = [each.windows() for each in inputs]
         targets = [self._space.read(section.require_targets()) for section in sections]
         if self.config.center_targets:
             targets = [target - target.mean(axis=0) for target in targets]
-        features = [each.features for each in inputs]
-        self._n_inputs = int(features[0].shape[1])
+        self._n_inputs = inputs[0].shape[1]
         self._kernel = self._regression = None
         if self.config.regression != "none" or len(ranks) > 1:
             if self.config.regression == "kernel":
-                self._kernel = KernelFeatures.fit(features, self.config.n_landmarks)
+                self._kernel = KernelFeatures.fit(inputs, self.config.n_landmarks)
             folds = inner_folds(sections)[1]
             regression, rank, score = Regression.fit(
-                sections, features, targets, folds, self._space, ranks, kernel=self._kernel
+                sections, inputs, targets, folds, self._space, ranks, kernel=self._kernel
             )
             if score is not None:
                 self.scores["inner_pearson_of_regression"] = score
@@ -109,9 +113,10 @@ class HESpotEx(Model[HESpotExConfig]):
             if self.config.regression != "none":
                 self._regression = regression
         fits: list[Fit] = []  # whose resume files go once the whole model stands
-        spots = self._fit_expression_stream(sections, targets, run, fits)
-        items = [_item(*parts) for parts in zip(inputs, targets, spots, strict=True)]
-        epochs, curve = self._choose_epochs(sections, items, run, fits)
+        spots = self._fit_expression_stream(sections, targets, windows, run, fits)
+        parts = [ImageSection(*each) for each in zip(inputs, windows, targets, spots, strict=True)]
+        items = ImageItems(parts, hops=self._hops)
+        epochs, curve = self._choose_epochs(sections, parts, items, run, fits)
         self._members = self._new_members(run.seed)
         fit = fit_image_stream(self.config, self._members, items, run, epochs=epochs)
         self.history += [
@@ -129,20 +134,20 @@ class HESpotEx(Model[HESpotExConfig]):
                 HespotexWarning,
                 stacklevel=2,
             )
-        inputs = self._inputs(section)
+        inputs = self._inputs.of(section)
         device = resolve_device()
         self._members.to(device)
         try:
-            encoded = [self._neighbourhood(member, inputs, device, block_rows) for member in self._members]
+            encoded = self._encode(inputs, device, block_rows)
             floor = np.float32(0.0)
             blocks = list(row_blocks(section.n_obs, block_rows))
             if self.config.output == "shift":
-                floor = np.min([self._decode(inputs, encoded, rows, device).min() for rows in blocks])
+                floor = np.min([self._decode(encoded, rows, device).min() for rows in blocks])
             for rows in blocks:
-                mean = self._decode(inputs, encoded, rows, device) - floor
+                mean = self._decode(encoded, rows, device) - floor
                 if self.config.output == "clip":
                     np.maximum(mean, 0.0, out=mean)
-                latent = torch.cat([embedding[rows] for embedding, _ in encoded], dim=1).cpu().numpy()
+                latent = np.concatenate([embedding[rows] for embedding in encoded.embeddings], axis=1)
                 yield Prediction(np.asarray(section.ids)[rows], self.genes, self.unit, mean, latent=latent)
         finally:
             self._members.cpu()
@@ -189,7 +194,12 @@ class HESpotEx(Model[HESpotExConfig]):
             return new_members(self.config, self._n_inputs, self._space.width)
 
     def _fit_expression_stream(
-        self, sections: Sequence[Section], targets: Sequence[np.ndarray], run: Run, fits: list[Fit]
+        self,
+        sections: Sequence[Section],
+        targets: Sequence[np.ndarray],
+        windows: Sequence[Sequence[np.ndarray]],
+        run: Run,
+        fits: list[Fit],
     ) -> Sequence[np.ndarray | None]:
         """Spot embeddings of the sections, or as many ``None``."""
         if self.config.align_weight == 0:
@@ -203,8 +213,8 @@ class HESpotEx(Model[HESpotExConfig]):
                 tying=self.config.gate_tying,
             )
         pairs = [
-            (torch.from_numpy(target), torch.from_numpy(gate_edges(self.config, section)))
-            for section, target in zip(sections, targets, strict=True)
+            SpotSection(torch.from_numpy(target), torch.from_numpy(gate_edges(self.config, section)), own)
+            for section, target, own in zip(sections, targets, windows, strict=True)
         ]
         embeddings, fit = spot_embeddings(self.config, pairs, run, gate=gate)
         fits.append(fit)
@@ -217,7 +227,12 @@ class HESpotEx(Model[HESpotExConfig]):
         return [(each - centre) / np.where(spread > 1e-6, spread, 1.0) for each in spots]
 
     def _choose_epochs(
-        self, sections: Sequence[Section], items: Sequence[ImageItem], run: Run, fits: list[Fit]
+        self,
+        sections: Sequence[Section],
+        parts: Sequence[ImageSection],
+        items: ImageItems,
+        run: Run,
+        fits: list[Fit],
     ) -> tuple[int, list[float]]:
         """Number of epochs with the least error on left-out groups, and the error after each epoch."""
         folds = inner_folds(sections)[1] if self.config.stopping == "inner" else []
@@ -229,9 +244,10 @@ class HESpotEx(Model[HESpotExConfig]):
         ]
         curves = []
         for number, fold in enumerate(chosen):
-            kept = fold.kept(sections)
-            training = [_restricted(items[index], rows) for index, rows in kept.items()]
-            held = [_restricted(items[index], rows) for index, rows in fold.held_out.items()]
+            training, held = (
+                ImageItems(parts, hops=self._hops, counted=rows, whole=items.whole)
+                for rows in (fold.kept(sections), fold.held_out)
+            )
             fit = fit_image_stream(
                 self.config,
                 self._new_members(run.seed),
@@ -248,49 +264,86 @@ class HESpotEx(Model[HESpotExConfig]):
         logger.info("hespotex: %d of at most %d epochs chosen on left-out training groups", best, self.config.epochs)
         return best, curve.tolist()
 
-    def _neighbourhood(
-        self, member: Any, inputs: ImageInputs, device: torch.device, block_rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """Patch embedding and layer outputs of all observations."""
-        with torch.inference_mode():
-            features = torch.from_numpy(inputs.features).to(device)
-            embedding = member.embed(features, chunk=block_rows)
-            edges, weights = torch.from_numpy(inputs.edges).to(device), torch.from_numpy(inputs.weights).to(device)
-            return embedding, member.neighbourhood(embedding, edges, weights)
+    @property
+    def _hops(self) -> int:
+        """Neighbour layers that a prediction looks through one after another."""
+        return self.config.n_layers if self.config.layer_order == "chained" else 1
 
-    def _decode(
-        self, inputs: ImageInputs, encoded: Sequence[tuple[Tensor, Tensor]], rows: slice, device: torch.device
-    ) -> np.ndarray:
-        """Expression of some observations, (m, G) float32."""
-        factor = None if inputs.factor is None else torch.from_numpy(inputs.factor[rows]).to(device)
-        with torch.inference_mode():
-            outputs = [
-                member.decode(embedding[rows], steps[:, rows], factor)  # type: ignore[operator]
-                for member, (embedding, steps) in zip(self._members, encoded, strict=True)
+    def _encode(self, inputs: SectionInputs, device: torch.device, block_rows: int) -> _Encoded:
+        """Patch embedding of all observations by each member, and what the regression says of them."""
+        windows = inputs.windows()
+        n = len(inputs)
+        embeddings = [np.empty((n, self.config.width), dtype=np.float32) for _ in self._members]
+        closed = None if self._regression is None else np.empty((n, self._space.width), dtype=np.float32)
+        for window in windows:
+            features = inputs[:] if len(windows) == 1 else inputs[window]
+            if self._regression is not None and closed is not None:
+                for rows in row_blocks(len(window), block_rows):
+                    own = features[rows]
+                    closed[window[rows]] = self._regression(own if self._kernel is None else self._kernel(own))
+            with torch.inference_mode():
+                read = torch.from_numpy(features).to(device)
+                for member, embedding in zip(self._members, embeddings, strict=True):
+                    embedding[window] = member.embed(read, chunk=block_rows).float().cpu().numpy()  # type: ignore[operator]
+        steps = None
+        if len(windows) == 1:
+            steps = [
+                self._neighbourhood(inputs.operator, each, member, device) for each, member in self._pairs(embeddings)
             ]
-            values = torch.stack(outputs).mean(dim=0).float().cpu().numpy()
-        if self._regression is not None:
-            features = inputs.features[rows]
-            closed = self._regression(features if self._kernel is None else self._kernel(features))
+        return _Encoded(inputs, embeddings, closed, steps)
+
+    def _pairs(self, embeddings: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
+        return zip(embeddings, self._members, strict=True)
+
+    def _neighbourhood(
+        self, operator: sparse.csr_array, embedding: np.ndarray, member: Any, device: torch.device
+    ) -> Tensor:
+        """Layer outputs of the observations that `operator` joins, (layers, m, width)."""
+        with torch.inference_mode():
+            edges = torch.from_numpy(edge_index(operator)).to(device)
+            weights = torch.from_numpy(operator.data.astype(np.float32)).to(device)
+            return member.neighbourhood(torch.from_numpy(embedding).to(device), edges, weights)
+
+    def _decode(self, encoded: _Encoded, rows: slice, device: torch.device) -> np.ndarray:
+        """Expression of some observations, (m, G) float32."""
+        factors = encoded.inputs.factor
+        factor = None if factors is None else torch.from_numpy(factors[rows]).to(device)
+        outputs = []
+        for number, (embedding, member) in enumerate(self._pairs(encoded.embeddings)):
+            if encoded.steps is not None:
+                steps = encoded.steps[number][:, rows]
+            else:
+                wanted = np.arange(len(embedding))[rows]
+                every = reached(encoded.inputs.operator, wanted, self._hops)
+                around = self._neighbourhood(cut(encoded.inputs.operator, every), embedding[every], member, device)
+                steps = around[:, torch.from_numpy(np.searchsorted(every, wanted)).to(device)]
+            with torch.inference_mode():
+                outputs.append(member.decode(torch.from_numpy(embedding[rows]).to(device), steps, factor))
+        values = torch.stack(outputs).mean(dim=0).float().cpu().numpy()
+        if encoded.closed is not None:
             share = np.float32(self.config.regression_share)
-            values = (1 - share) * values + share * closed
+            values = (1 - share) * values + share * encoded.closed[rows]
         return self._space.decode(values)
 
 
-def _item(inputs: ImageInputs, target: np.ndarray, spots: np.ndarray | None) -> ImageItem:
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """What of a section to predict is as long as the section.
 
-    return ImageItem(
-        features=tensor(inputs.features),
-        edges=tensor(inputs.edges),
-        weights=tensor(inputs.weights),
-        factor=None if inputs.factor is None else tensor(inputs.factor),
-        target=tensor(target),
-        spots=None if spots is None else tensor(spots),
-    )
+    Attributes
+    ----------
+    inputs
+        Reader of its inputs.
+    embeddings
+        Patch embedding by each member, (n, width).
+    closed
+        What the regression predicts in the target space, (n, r), or ``None``.
+    steps
+        Outputs of the neighbour layers of each member, (layers, n, width); ``None`` for a section in windows, where
+        those of a block are made when it is decoded.
+    """
 
-
-def _restricted(item: ImageItem, rows: np.ndarray) -> ImageItem:
-    """The item with only `rows` counted."""
-    return item if len(rows) == len(item.target) else item._replace(rows=torch.from_numpy(rows))
+    inputs: SectionInputs
+    embeddings: list[np.ndarray]
+    closed: np.ndarray | None
+    steps: list[Tensor] | None

@@ -89,9 +89,13 @@ def make_step(config: HisDiffConfig, network: Denoiser, spots: Spots, seed: int)
                 return {"loss": squared.mean()}
             return {"loss": (squared + bits).mean(), "mse": squared.mean().detach(), "bits": bits.mean().detach()}
 
+        def on_train_start(self) -> None:
+            self.steps = int(self.trainer.global_step)
+
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if self.average is None:
+            if self.average is None or self.trainer.global_step == self.steps:  # a step may take several batches
                 return
+            self.steps = int(self.trainer.global_step)
             self.updates += 1
             # A long memory would keep the untrained weights for most of a short training.
             decay = torch.clamp((1 + self.updates) / (10 + self.updates), max=config.average)

@@ -73,6 +73,7 @@ class Histex(Model[HistexConfig]):
         task="in-sample",
         needs=("parts", "colour", "expression"),
         uncertainty=True,
+        distributed=True,
         cost="2 to 5 minutes; grows with spots × superpixels per spot × genes",
         presets=("default", "paper"),
         paper="MICCAI 2025, https://github.com/wenwenmin/HISTEX",

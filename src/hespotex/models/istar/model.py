@@ -69,6 +69,7 @@ class IStar(Model[IStarConfig]):
         task="both",
         needs=("parts",),
         uncertainty=True,
+        distributed=True,
         cost="2 to 3 minutes; grows with parts under spots and with genes",
         presets=("default", "paper"),
         paper="10.1038/s41587-023-02019-9",

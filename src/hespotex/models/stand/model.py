@@ -70,6 +70,7 @@ class STAnD(Model[STAnDConfig]):
         task="both",
         needs=("parts",),
         uncertainty=True,
+        distributed=True,
         cost="ten seconds; grows with parts under spots × genes",
         presets=("default", "paper"),
         paper="https://github.com/huangch/ST-AnD",
