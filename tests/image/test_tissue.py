@@ -49,6 +49,16 @@ def test_bare_glass_has_no_tissue():
     assert not tissue_mask(np.zeros((50, 50, 3), np.uint8), 16.0, **SIZES).any()
 
 
+def test_uneven_and_dusty_glass_has_no_tissue():
+    """Otsu's threshold divides whatever it is given."""
+    rng = np.random.default_rng(0)
+    uneven = 243 + np.linspace(0, [0, -8, -14], 200)[None] + rng.normal(0, 0.5, (200, 200, 3))
+    spots = rng.random((200, 200, 1)) > 0.99
+    dusty = 243 - spots * np.array([10, 20, 30]) + rng.normal(0, 0.5, (200, 200, 3))
+    for glass in (uneven, dusty):
+        assert not tissue_mask(glass.clip(0, 255).astype(np.uint8), 16.0, **SIZES).any()
+
+
 def test_outlines_follow_the_mask():
     mask = np.zeros((40, 50), bool)
     mask[5:25, 10:40] = True

@@ -509,6 +509,15 @@ def test_a_missing_mpp_is_an_error_with_a_hint(tmp_path: Path) -> None:
         hx.io.read_wsi(tmp_path / "slide.tif")
 
 
+def test_the_limit_to_scales_of_x_and_y_is_the_same_both_ways() -> None:
+    from hespotex.image.files import isotropic
+
+    assert isotropic(0.5, 0.5145, "slide") == isotropic(0.5145, 0.5, "slide") == pytest.approx(0.5072, abs=1e-4)
+    for sides in ((0.5, 0.5153), (0.5153, 0.5)):
+        with pytest.raises(ScaleError, match="may differ by at most 3%"):
+            isotropic(*sides, "slide")
+
+
 @pytest.mark.parametrize("mpp", ["0.4.9", "0", ".", "nan"])
 def test_nonsense_for_a_scale_is_none(tmp_path: Path, mpp: str) -> None:
     description = f"Aperio Image Library v11.2.1\r\n300x300 [0,0 300x300] (256x256) JPEG/RGB Q=30|MPP = {mpp}"
@@ -621,6 +630,46 @@ def test_damage_met_while_streaming_leaves_the_object_as_it_was(tmp_path: Path, 
     with pytest.raises(ImageFormatError, match=r"'slide\.tif' is damaged.*level 0"):
         hx.pp.embed(sdata, "morphology")
     assert sorted(name for _, name, _ in sdata.gen_elements()) == before
+
+
+@pytest.mark.parametrize("kind", ["tiles", "strips"])
+def test_flipped_bits_never_show_as_another_error(tmp_path: Path, own_cache: Path, kind: str) -> None:
+    """Whatever is damaged, header or pixels, opening and reading the slide work or say that it is damaged."""
+    path = tmp_path / "slide.tif"
+    if kind == "tiles":
+        plain_pyramid(path, blocks(300, 260), levels=2)
+    else:
+        tifffile.imwrite(path, blocks(300, 260), photometric="rgb", compression="lzw", rowsperstrip=32, metadata=None)
+    content = path.read_bytes()
+    with tifffile.TiffFile(path) as tiff:
+        headers = [
+            start + byte for page in tiff.pages for start in [page.offset] for byte in range(2 + 12 * len(page.tags))
+        ]
+    rng = np.random.default_rng(0)
+    refused = []
+    for number in range(120):
+        damaged = bytearray(content)
+        damaged[rng.choice(headers) if number % 4 else rng.integers(8, len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            for level in open_picture(path).levels:
+                level.blocks[0, 0, 0].compute(scheduler="synchronous")
+        except ImageFormatError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all("slide.tif" in message for message in refused)
+
+
+def test_a_strip_larger_than_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, blocks(300, 260), photometric="rgb", compression="lzw", rowsperstrip=32, metadata=None)
+
+    def exhausted(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", exhausted)
+    with pytest.raises(ImageFormatError, match=r"'slide\.tif' holds a strip or tile that does not fit into memory"):
+        open_picture(path)
 
 
 def test_a_slide_that_is_gone_when_it_is_read(tmp_path: Path) -> None:

@@ -143,6 +143,30 @@ def test_every_step_takes_it_and_it_is_written_and_opened_again(slide_file: Path
     again.close()
 
 
+def test_all_that_is_found_on_it_is_written_over_a_store_and_persisted(
+    slide_file: Path, tmp_path: Path, section
+) -> None:
+    """A raster of nuclei and a lazy image are among it."""
+    wsi = wsidata.open_wsi(slide_file, store=str(tmp_path / "b1.zarr"))
+    wsi.write()
+    add_tiles(wsi, CORNERS)
+    hx.pp.segment_nuclei(wsi)
+    hx.pp.qc(wsi)
+    hx.pp.normalize_stain(wsi, reference=section)
+    labels, pixels = wsi["nuclei_labels"].values, wsi["wsi_normalized"]["scale1"]["image"].values
+    wsi.write()
+    hx.pp.embed(wsi, "rgb", image_key="wsi_normalized")
+    hx.io.persist(wsi)
+    wsi.close()
+    again = wsidata.open_wsi(slide_file, store=str(tmp_path / "b1.zarr"))
+    assert np.array_equal(again["nuclei_labels"].values, labels)
+    assert np.array_equal(again["wsi_normalized"]["scale1"]["image"].values, pixels)
+    assert {"nuclei_features", "rgb_tiles"} <= set(again.tables)
+    assert again["tiles"]["qc_pass"].dtype == bool
+    assert set(again.attrs["hespotex"]) == {"qc", "stain"}
+    again.close()
+
+
 def test_a_prediction_on_it_is_drawn_over_the_slide(wsi, patients) -> None:
     from matplotlib import pyplot as plt
 

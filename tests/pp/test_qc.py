@@ -81,6 +81,22 @@ def test_chunks_levels_and_order_do_not_matter(slide):
     pd.testing.assert_frame_equal(other.loc[first.index], first)
 
 
+@pytest.mark.parametrize("mpp", [1.0, 0.7])
+def test_the_border_of_the_image_is_no_detail(plain_section, mpp):
+    from scipy import ndimage
+
+    pixels, _ = mosaic()
+    blurred = ndimage.gaussian_filter(pixels.astype(np.float32), (3 / mpp, 3 / mpp, 0)).astype(np.uint8)
+    size = COUNT * SIDE
+    at_border = np.array([[5, 200], [300, 4], [size - 6, 300], [250, size - 1], [3, size - 3], [size - 2, 2]])
+    for image, passes in ((pixels, True), (blurred, False)):
+        sdata = plain_section(
+            np.moveaxis(image, -1, 0).copy(), mpp=mpp, radius=SIDE / 2, centres=at_border, ids=range(len(at_border))
+        )
+        scores = hx.pp.qc(sdata, copy=True)
+        assert ((scores["qc_focus"] > 0.3) == passes).all()
+
+
 def test_tiles_without_a_table_carry_their_scores(slide, tmp_path):
     sdata = slide(PLACES, table=False)
     sdata["tissue"] = _all_tissue(sdata)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from .._files import publish
 from ..errors import DataValueError
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class TableStore:
                     # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
                     warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
                     zarr.consolidate_metadata(self._staging / "store")
-                (self._staging / "store").rename(self._path)
+                check_target(self._path)  # another call may have been faster
+                publish(self._staging / "store", self._path)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
 

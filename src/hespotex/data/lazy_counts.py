@@ -14,6 +14,7 @@ from ..errors import CountsError
 __all__ = ["LazyCounts", "as_lazy", "is_lazy", "row_chunks"]
 
 _BLOCK_ROWS = 16384
+_LARGEST_GAP = 4  # times as many rows are rather read in one piece than the wanted ones singly
 
 
 def is_lazy(counts: Any) -> bool:
@@ -89,10 +90,13 @@ class LazyCounts:
             rows = self.rows[rows]
         elif not isinstance(rows, slice):
             rows = np.arange(self.shape[0])[rows]
-        block = self.source[_run(rows)]
+        piece, wanted = _piece(rows)
+        block = self.source[piece]
         if hasattr(block, "compute"):
             block = block.compute(scheduler="synchronous")
         found = sparse.csr_array(block)
+        if wanted is not None:
+            found = sparse.csr_array(found[wanted])
         return found if self.columns is None else sparse.csr_array(found[:, self.columns])
 
     def blocks(self) -> Iterator[sparse.csr_array]:
@@ -105,14 +109,18 @@ class LazyCounts:
         return sparse.csr_array(sparse.vstack(list(self.blocks()), format="csr"))
 
 
-def _run(rows: slice | np.ndarray) -> slice | np.ndarray:
-    """Neighbouring rows as a slice, which is read at once."""
-    if isinstance(rows, slice) or not len(rows) or not (np.diff(rows) == 1).all():
-        return rows
-    return slice(int(rows[0]), int(rows[-1]) + 1)
+def _piece(rows: slice | np.ndarray) -> tuple[slice | np.ndarray, np.ndarray | None]:
+    """What to read for some rows, and which of that they are (``None``: all): one piece if they lie close together."""
+    if isinstance(rows, slice) or not len(rows):
+        return rows, None
+    first, last = int(rows.min()), int(rows.max())
+    if last - first >= _LARGEST_GAP * len(rows):
+        return rows, None
+    neighbours = last - first + 1 == len(rows) and (np.diff(rows) == 1).all()
+    return slice(first, last + 1), None if neighbours else rows - first
 
 
 def row_chunks(n: int) -> Iterator[slice]:
-    """Slices of so many rows as are read at a time."""
-    for start in range(0, n, _BLOCK_ROWS):
+    """Slices of so many rows as are read at a time; one of no rows where there are none."""
+    for start in range(0, max(n, 1), _BLOCK_ROWS):
         yield slice(start, min(start + _BLOCK_ROWS, n))

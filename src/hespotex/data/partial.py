@@ -20,6 +20,7 @@ from ..errors import HespotexWarning
 __all__ = ["PartialRows"]
 
 _KEEP_AFTER_S = 10.0  # what took less is sooner computed again than explained; also how often something is kept
+_KEEP_BYTES = 2**26  # in one file: its rows are copied on the way
 
 
 class PartialRows:
@@ -51,7 +52,7 @@ class PartialRows:
         self._values[rows] = values
         self.done[rows] = True
         self._fresh.append(np.asarray(rows))
-        if time.monotonic() - self._kept_at >= _KEEP_AFTER_S:
+        if time.monotonic() - self._kept_at >= _KEEP_AFTER_S and not self.done.all():
             self._try_to_keep()
 
     def values(self) -> np.ndarray:
@@ -91,9 +92,12 @@ class PartialRows:
         self._kept_at = time.monotonic()
         if not self._fresh:
             return
-        rows = np.concatenate(self._fresh)
-        with replacing(self._folder / f"{rows[0]}.npz") as part, part.open("wb") as file:
-            np.savez(file, rows=rows, values=self._values[rows])
+        every = np.concatenate(self._fresh)
+        at_once = max(_KEEP_BYTES // (4 * self._values.shape[1] + 1), 1)
+        for start in range(0, len(every), at_once):
+            rows = every[start : start + at_once]
+            with replacing(self._folder / f"{rows[0]}.npz") as part, part.open("wb") as file:
+                np.savez(file, rows=rows, values=self._values[rows])
         self._fresh.clear()
 
     def _load(self) -> None:

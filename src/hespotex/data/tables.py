@@ -31,6 +31,7 @@ __all__ = [
 
 # Which tables are meant when none is named: the measurement; else an embedding of tiles; never the rest.
 _RANKS = {"measured": 0, "embedding": 1, "nuclei": 2, "truth": 2, "prediction": 3}
+_LAZYSLIDE = {"region_key": "library_id", "instance_key": "tile_id"}  # how it connects its tables of features
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,18 +295,32 @@ def _candidates(sdata: SpatialData, shapes_key: str | None) -> list[str]:
         rank = _RANKS[table_role(key, adata)]
         if wanted and (shapes_key is not None or rank < _RANKS["nuclei"]):
             ranked.setdefault(rank, []).append(key)
-    return ranked[min(ranked)] if ranked else []
+    found = ranked[min(ranked)] if ranked else []
+    if len(found) > 1 and min(ranked) == _RANKS["embedding"]:
+        # Of the tables of features that LazySlide made, one for each network, none is more meant than another.
+        return [key for key in found if Keys.TABLE_ROLE in sdata.tables[key].uns.get(Keys.NAMESPACE, {})]
+    return found
 
 
 def table_role(key: str, adata: AnnData) -> str:
-    """``"measured"``, or what hespotex made the table for: ``"embedding"``, ``"nuclei"``, ``"prediction"`` or ``"truth"``."""
+    """``"measured"``, or what hespotex made the table for: ``"embedding"``, ``"nuclei"``, ``"prediction"`` or ``"truth"``.
+
+    LazySlide's features of tiles are an embedding, too.
+    """
     role = adata.uns.get(Keys.NAMESPACE, {}).get(Keys.TABLE_ROLE)
-    return str(role) if role in _RANKS else "nuclei" if key == Keys.NUCLEI_TABLE else "measured"
+    if role in _RANKS:
+        return str(role)
+    return "nuclei" if key == Keys.NUCLEI_TABLE else "embedding" if _is_of_lazyslide(adata) else "measured"
 
 
 def is_derived(adata: AnnData) -> bool:
-    """Whether hespotex made this table itself."""
-    return Keys.TABLE_ROLE in adata.uns.get(Keys.NAMESPACE, {})
+    """Whether the table was made from an image: by hespotex, or LazySlide's features of tiles."""
+    return Keys.TABLE_ROLE in adata.uns.get(Keys.NAMESPACE, {}) or _is_of_lazyslide(adata)
+
+
+def _is_of_lazyslide(adata: AnnData) -> bool:
+    attrs = adata.uns.get("spatialdata_attrs", {})
+    return all(attrs.get(key) == value for key, value in _LAZYSLIDE.items())
 
 
 def mark_table(adata: AnnData, role: Literal["embedding", "nuclei", "prediction", "truth"]) -> None:

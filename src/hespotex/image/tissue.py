@@ -17,6 +17,10 @@ SMOOTH_UM = 24.0  # wider than a cell, so that the space between nuclei is tissu
 CLOSE_UM = 48.0
 OPEN_UM = 32.0
 MIN_COLOUR = 0.2  # of the optical density; H&E has 0.3 and more, pen, shadow and printed frames below 0.17
+MIN_DENSITY = 0.06  # pieces that absorb less are glass, uneven or dusty (up to 0.03); the palest tissue absorbs 0.2,
+MAX_TINT = (
+    0.15  # unless their own colour is none that glass has: then tissue was taken for the glass, where all is tissue
+)
 LENIENCE = 0.9  # of Otsu's threshold: pale fat and torn edges lie just below it
 
 
@@ -24,7 +28,7 @@ def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um
     """Mask (h, w) of H&E-stained tissue in an image (h, w, 3) uint8 of about 16 µm/px.
 
     Glass is the commonest colour of the brighter half of the image, whatever its tint. What absorbs more light
-    than it by Otsu's threshold is tissue, unless it is black or grey.
+    than it by Otsu's threshold is tissue, unless it is black or grey, or absorbs next to nothing.
 
     Parameters
     ----------
@@ -61,6 +65,8 @@ def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um
     colour = ndimage.mean(density.max(axis=2) - density.min(axis=2), pieces, index)
     strength = ndimage.mean(absorbed, pieces, index)
     kept = (area * mpp**2 >= min_area_um2) & (colour >= MIN_COLOUR * strength)
+    tint = ndimage.mean(np.ptp(np.log(pixels + 1), axis=2), pieces, index)
+    kept &= (strength >= MIN_DENSITY) | (tint > MAX_TINT)
     return np.concatenate([[False], kept])[pieces]
 
 

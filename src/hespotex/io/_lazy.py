@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.lazy_counts import is_lazy
 from ..errors import MissingKeyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["read_lazy"]
+__all__ = ["read_again", "read_lazy"]
+
+_KINDS = ("images", "labels", "points", "shapes", "tables")
+_ON_DISK = {"array", "csr_matrix", "csc_matrix"}  # how anndata calls the matrices that need not be read
 
 
 def read_lazy(path: str | Path) -> SpatialData:
@@ -35,7 +39,12 @@ def read_lazy(path: str | Path) -> SpatialData:
     Raises
     ------
     MissingKeyError
-        If there is nothing at `path`.
+        If there is no SpatialData at `path`.
+
+    Notes
+    -----
+    ``sdata.write`` and :func:`hespotex.io.persist` write such matrices like others. What knows only matrices in memory, such
+    as ``adata.copy()`` and most of scanpy, needs ``adata.X = adata.X.to_memory()`` first (``compute()`` of a dask array).
 
     See Also
     --------
@@ -52,27 +61,52 @@ def read_lazy(path: str | Path) -> SpatialData:
 
     if not Path(path).exists():
         raise MissingKeyError(f"path={str(path)!r}: there is no such store")
-    group = zarr.open_group(path, mode="r")
-    sdata = spatialdata.read_zarr(path, selection=("images", "labels", "points", "shapes"))
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (FileNotFoundError, NotADirectoryError):  # zarr's own are of these kinds
+        group = None
+    if group is None or not ("spatialdata_attrs" in group.attrs or set(_KINDS) & set(group)):
+        raise MissingKeyError(
+            f"path={str(path)!r} is not the zarr store of a SpatialData (sdata.write makes one); a table alone is read with "
+            "anndata.experimental.read_lazy"
+        )
+    sdata = spatialdata.read_zarr(path, selection=_KINDS[:-1])
     tables: Any = group.get("tables", {})
     for name in tables:
         sdata[name] = _table(tables[name])
     return sdata
 
 
+def read_again(adata: AnnData, place: Path) -> None:
+    """Let the matrices that `adata` leaves on disk be those of `place`, where the same table was written anew.
+
+    They would be looked for in the old files otherwise, or in the new ones by the layout of the old.
+    """
+    import zarr
+
+    group: Any = zarr.open_group(place, mode="r")
+    if is_lazy(adata.X):
+        adata.X = _matrix(group["X"])
+    for name in [name for name, values in adata.layers.items() if name is not None and is_lazy(values)]:
+        adata.layers[name] = _matrix(group["layers"][name])
+
+
 def _table(group: Any) -> AnnData:
-    from anndata.experimental import read_dispatched, read_elem_lazy
-    from anndata.io import sparse_dataset
+    from anndata.experimental import read_dispatched
 
     root = group.name.rstrip("/")
 
     def read(function: Callable[..., Any], name: str, element: Any, iospec: Any) -> Any:
         place = f"/{name.lstrip('/')}".removeprefix(root).strip("/")
-        if place == "X" or (place.startswith("layers/") and place.count("/") == 1):
-            if iospec.encoding_type in {"csr_matrix", "csc_matrix"}:
-                return sparse_dataset(element)
-            if iospec.encoding_type == "array":
-                return read_elem_lazy(element)
-        return function(element)
+        is_matrix = place == "X" or (place.startswith("layers/") and place.count("/") == 1)
+        return _matrix(element) if is_matrix and iospec.encoding_type in _ON_DISK else function(element)
 
     return read_dispatched(group, read)
+
+
+def _matrix(element: Any) -> Any:
+    """A matrix that is left on disk."""
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import sparse_dataset
+
+    return read_elem_lazy(element) if element.attrs["encoding-type"] == "array" else sparse_dataset(element)

@@ -14,13 +14,15 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
 from .._logging import logger
 from ..errors import DataTypeError, DataValueError, MissingKeyError
+from ._lazy import read_again
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -36,7 +38,8 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
     A new version is written beside the store and then takes the place of the old one, which is deleted last. A kill, a
     full disk or an error at any moment leaves the store as it was or as it is to be, element by element. On systems that
     cannot exchange two names at once (other than Linux), a kill in the instant between two renamings leaves the element
-    beside the store, and the next call puts it back.
+    beside the store, and the next call puts it back. Of several calls at once, from threads or processes of this machine,
+    each waits for the one before (not on Windows, nor on network drives that lock no folders).
 
     Parameters
     ----------
@@ -49,7 +52,8 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
     Raises
     ------
     DataValueError
-        If the object has no store, or it lies elsewhere.
+        If the object has no store, or it lies elsewhere; or if another element is computed, when it is read, from the
+        old version of one of them.
     MissingKeyError
         If the object has no such element.
     OSError
@@ -76,16 +80,21 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
         chosen = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in chosen if name not in kinds]:
         raise MissingKeyError(f"names={unknown} are no elements of the object; there are {sorted(kinds)}")
+    _check_readers(sdata, store, kinds, chosen)
 
     beside = store.with_name(f".{store.name}.hespotex")
-    _put_back(store, beside)
-    try:
-        for name in chosen:
-            _replace(sdata, store, beside, kinds[name], name)
-        sdata.write_attrs()
-    finally:
-        if beside.is_dir() and not _waiting(beside):
-            shutil.rmtree(beside, ignore_errors=True)
+    with _alone(store):
+        _put_back(store, beside)
+        try:
+            for name in chosen:
+                _replace(sdata, store, beside, kinds[name], name)
+            sdata.write_attrs()
+        except Exception:
+            _put_back(store, beside)
+            raise
+        finally:
+            if beside.is_dir() and not _waiting(beside):
+                shutil.rmtree(beside, ignore_errors=True)
     if chosen:
         logger.info("persist: wrote %s to %s", ", ".join(chosen), store)
 
@@ -95,7 +104,7 @@ def _store(sdata: Any) -> Path:
         raise DataTypeError(f"sdata must be a SpatialData, got {type(sdata).__name__}")
     if sdata.path is None:
         raise DataValueError("sdata lives in memory only; write it first: sdata.write('<folder>.zarr')")
-    store = Path(str(sdata.path))
+    store = Path(str(sdata.path)).resolve()  # where a link leads, on whose disk names can be exchanged
     if not (store / "zarr.json").is_file():
         raise DataValueError(f"sdata.path={str(sdata.path)!r} is no zarr store (format 3) on this machine")
     return store
@@ -104,6 +113,49 @@ def _store(sdata: Any) -> Path:
 def _stored(store: Path) -> list[str]:
     kinds = ("images", "labels", "shapes", "points", "tables")
     return [place.name for kind in kinds for place in (store / kind).glob("*") if (place / "zarr.json").is_file()]
+
+
+def _check_readers(sdata: SpatialData, store: Path, kinds: dict[str, str], chosen: list[str]) -> None:
+    """Refuse to replace what another element is lazily computed from: it would be computed anew, from the new version."""
+    lazy = [name for name, kind in kinds.items() if kind in _LAZY]
+    for number, name in enumerate(chosen):
+        place = (store / kinds[name] / name).resolve()
+        if name not in lazy or not place.is_dir():
+            continue
+        # those written before are read from their own files by then
+        for other in set(lazy) - {*chosen[:number], name}:
+            if any(file.is_relative_to(place) for file in _files_of(sdata[other])):
+                raise DataValueError(
+                    f"names: {name!r} cannot be replaced while {other!r} is computed from it; persist {other!r} first: "
+                    f"hx.io.persist(sdata, [{other!r}, {name!r}])"
+                )
+
+
+def _files_of(element: Any) -> list[Path]:
+    """Files that a lazy element is computed from."""
+    from spatialdata import get_dask_backing_files
+
+    try:
+        return [Path(file).resolve() for file in get_dask_backing_files(element)]
+    except AttributeError:  # spatialdata knows no zarr arrays in memory
+        return []
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Keep other calls off the store, by a lock on its folder, which ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(store, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str) -> None:
@@ -134,6 +186,8 @@ def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str
         shutil.rmtree(staging, ignore_errors=True)
     if kind in _LAZY:
         sdata[name] = getattr(read_zarr(store, selection=(kind,)), kind)[name]
+    elif kind == "tables":
+        read_again(sdata[name], place)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -55,7 +55,8 @@ def read_wsi(
         If there is no such file, or it may not be read.
     ImageFormatError
         If the image is not 8-bit RGB, is empty, truncated or damaged, or of another format. Damage inside a tile shows
-        when it is decoded: the same error is raised then, with the place.
+        when it is decoded: the same error is raised then, with the place. JPEG has no checksum, though: single flipped
+        bits may show as wrong colours only.
     ScaleError
         If `mpp` is not given and the file does not state it, or not the same for x and y.
     MissingDependencyError

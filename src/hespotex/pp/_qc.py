@@ -11,7 +11,7 @@ import numpy as np
 from .._keys import Keys, check_key, sanitize
 from .._logging import logger
 from .._version import __version__
-from ..data.geometry import check_on_image, find_image_key, resolve_slide, shape_centres, shape_radius
+from ..data.geometry import Slide, check_on_image, find_image_key, resolve_slide, shape_centres, shape_radius
 from ..data.provenance import record, to_uns
 from ..data.tables import AnnotatedTable, resolve_shapes_key, resolve_table, table_role
 from ..data.transaction import restored_on_error
@@ -31,6 +31,7 @@ __all__ = ["qc"]
 MPP: Final = 1.0
 FOCUS_UP_TO_MPP: Final = 1.25  # coarser pixels do not show what focus is told by
 MIN_TILE_UM: Final = 64.0
+EDGE_PX: Final = 3  # as far as resampling blends the border of the image with what lies beyond
 SAMPLE: Final = 256  # tiles that the normal density of tissue is fitted on
 LIMITS: Final = {"focus": 0.3, "pen": 0.02, "blank": 0.75, "fold": 0.1}
 
@@ -94,7 +95,7 @@ def qc(
 
     ``qc_focus``
         Energy of detail of 1 µm over that of 2 µm: 0.38 and more where it is sharp, below 0.25 if blurred by 2 µm or more
-        (standard deviation). NaN where the slide is coarser than 1.25 µm per pixel or nothing is there to be sharp.
+        (standard deviation), of the part on the image. NaN where the slide is coarser than 1.25 µm per pixel or nothing is there to be sharp.
     ``qc_pen``
         Share of the tile in green, blue or black ink, 0 to 1. Red ink is not told from blood.
     ``qc_blank``
@@ -276,6 +277,9 @@ def _score(
         rows, tiles = place.rows[batch.rows], batch.pixels
         if sharp:
             scores["focus"][rows] = focus(tiles, mpp)
+            for number in np.flatnonzero(batch.padded):
+                own = _on_slide(place.centres[batch.rows[number]], slide, mpp, tile_px)
+                scores["focus"][rows[number]] = focus(tiles[number][own][None], mpp)[0]
         scores["pen"][rows] = pen_share(tiles, mpp)
         scores["blank"][rows] = blank_share(tiles, mpp)
         if normal is not None:
@@ -283,6 +287,15 @@ def _score(
         for name, metric in extra.items():
             scores[name][rows] = [metric(tile) for tile in tiles]
     return normal
+
+
+def _on_slide(centre: np.ndarray, slide: Slide, mpp: float, tile_px: int) -> tuple[slice, slice]:
+    """Rows and columns of a tile that show the slide alone: the edge to what lies beyond would pass for detail."""
+    start = centre[::-1] * slide.mpp / mpp - tile_px / 2
+    border = np.array(slide.shape) * slide.mpp / mpp - start
+    first = np.clip(np.ceil(EDGE_PX - start), 0, tile_px - 1).astype(int)
+    stop = np.clip(np.floor(border) - EDGE_PX, first + 1, tile_px).astype(int)
+    return slice(first[0], stop[0]), slice(first[1], stop[1])
 
 
 def _spread(centres: np.ndarray) -> np.ndarray:

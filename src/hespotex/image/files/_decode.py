@@ -104,6 +104,11 @@ def decode_tiff(series: TiffPageSeries, axes: str, name: str, scratch: Path) -> 
     pixels = _scratch(scratch, series.shape)
     try:
         series.asarray(out=pixels)
+    except MemoryError as error:
+        raise ImageFormatError(
+            f"image: {name!r} holds a strip or tile that does not fit into memory: its header is damaged, or the file has to "
+            "be written anew in tiles; copy or download it again"
+        ) from error
     except (RuntimeError, ValueError, OSError) as error:  # of its decoders
         raise ImageFormatError(f"image: {name!r} is a damaged TIFF ({error})") from error
     return check_rgb(pixels if axes == "YXS" else np.moveaxis(pixels, 0, -1), f"image: {name!r}")

@@ -116,7 +116,7 @@ def isotropic(mpp_x: float, mpp_y: float, what: str) -> float:
     ScaleError
         If they differ by more than 3 %.
     """
-    if not (mpp_x > 0 and mpp_y > 0) or abs(mpp_x / mpp_y - 1) > TOLERANCE:
+    if not (mpp_x > 0 and mpp_y > 0) or max(mpp_x, mpp_y) / min(mpp_x, mpp_y) - 1 > TOLERANCE:
         raise ScaleError(
             f"{what} gives {mpp_x:.4g} µm/px in x and {mpp_y:.4g} in y; they may differ by at most "
             f"{TOLERANCE:.0%}. Resample the image to square pixels, or correct the scale given"
