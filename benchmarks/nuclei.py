@@ -35,9 +35,8 @@ import hespotex as hx
 from hespotex.data.geometry import Level, Slide, resolve_slide
 from hespotex.image.stream import iter_blocks
 from hespotex.segmentation import Watershed, _tiled, segment_watershed
-from hespotex.segmentation._appearance import estimate_appearance
+from hespotex.segmentation._appearance import estimate_appearance, sample_tissue
 from hespotex.segmentation._outline import measure_regions
-from hespotex.segmentation._sample import sample_tissue
 from hespotex.segmentation._tiled import BLOCK_PX, segment_slide
 
 DATA = Path(os.environ.get("HESPOTEX_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hespotex._files import publish, replacing
+from hespotex._files import publish, replacing, staged
 
 
 def make(folder: Path, text: str) -> Path:
@@ -48,3 +48,21 @@ def _cut_short(path: Path) -> None:
     with replacing(path) as part:
         part.write_text("ne")
         raise KeyboardInterrupt
+
+
+def test_a_folder_beside_is_gone_afterwards_and_so_are_those_of_killed_runs(tmp_path):
+    target = tmp_path / "out [1].zarr"
+    other = tmp_path / f".{target.name}-mine"  # somebody else's
+    other.mkdir()
+    with staged(target) as folder:
+        assert folder.parent == tmp_path
+        (folder / "part").write_text("much")
+        left = tmp_path / f".{target.name}-left"
+        make(left, "by a kill")
+        (left / ".in_use").touch()
+        with staged(target) as second:
+            assert {path.name for path in tmp_path.iterdir()} == {folder.name, second.name, other.name}
+        assert (folder / "part").exists()
+    with pytest.raises(KeyError), staged(target):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]

@@ -68,6 +68,56 @@ def test_a_client_is_one_of_dask(cluster):
         check_client("tcp://localhost:8786")
 
 
+class Heavy:
+    """What tasks share; all that are alive are counted."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Heavy.alive += 1
+
+    def __reduce__(self):
+        return Heavy, ()
+
+    def __del__(self) -> None:
+        Heavy.alive -= 1
+
+
+def alive(_: int, heavy: Heavy) -> int:
+    time.sleep(0.01)
+    return type(heavy).alive
+
+
+def alive_now() -> int:
+    return Heavy.alive
+
+
+def test_what_is_shared_is_unpickled_once_and_not_kept(cluster):
+    for _ in range(3):
+        assert set(iter_tasks(alive, range(12), shared={"heavy": Heavy()}, client=cluster)) == {1}
+        deadline = time.monotonic() + 20
+        while any(cluster.run(alive_now).values()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert set(cluster.run(alive_now).values()) == {0}
+
+
+def slow(task: int) -> int:
+    time.sleep(0.02)
+    return task
+
+
+def timing_out(task: int) -> int:
+    raise TimeoutError("of the task")
+
+
+def test_to_look_after_workers_loses_no_result(cluster, monkeypatch):
+    """A result may come at the moment in which waiting for it ends."""
+    monkeypatch.setattr(_tasks, "_POLL_S", 0.001)
+    assert list(iter_tasks(slow, range(60), client=cluster)) == list(range(60))
+    with pytest.raises(TimeoutError, match="of the task"):
+        list(iter_tasks(timing_out, range(2), client=cluster))
+
+
 def dying_once(folder: str, factor: int) -> int:
     mark = Path(folder) / "died"
     if not mark.exists():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["publish", "replacing"]
+__all__ = ["publish", "replacing", "staged"]
 
 _SYNCS = 16
+_IN_USE = ".in_use"
 
 
 @contextmanager
@@ -33,11 +36,34 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give the block a folder beside `path`, and so on the same disk, to prepare `path` in; it is gone afterwards.
+
+    Folders that killed runs have left there are deleted. They are known by their lock, which ends with its process.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in path.parent.glob(f".{glob.escape(path.name)}-*/{_IN_USE}"):
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(file, timeout=0):
+            shutil.rmtree(file.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    lock = FileLock(folder / _IN_USE, timeout=0)
+    try:
+        with suppress(NotImplementedError):  # a file system without locks: nobody can take it for left behind
+            lock.acquire()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
 def publish(part: Path, path: Path) -> None:
     """Rename a finished file or folder `part` to `path`, on the same disk, once all of it is on the disk.
 
     A folder that is at `path` is moved beside `part` first and deleted afterwards: a kill in between leaves nothing at
-    `path`, never a mixture.
+    `path`, never a mixture. An error in between puts it back.
     """
     tree = list(os.walk(part))
     with ThreadPoolExecutor(_SYNCS) as pool:  # a disk takes many at once as it takes one
@@ -50,7 +76,12 @@ def publish(part: Path, path: Path) -> None:
             path.rename(before)
     else:
         _sync_file(part)
-    part.replace(path)
+    try:
+        part.replace(path)
+    except OSError:
+        if before.exists():
+            before.rename(path)
+        raise
     _sync_folder(path.parent)
     shutil.rmtree(before, ignore_errors=True)
 

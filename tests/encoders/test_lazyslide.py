@@ -85,7 +85,7 @@ def test_every_image_encoder_is_listed_with_its_licence():
     assert "instanseg" not in keys
     assert (table["licence"].str.len() > 2).all()
     assert table.loc["lazyslide:hibou-l", "gated"]
-    assert not table["cached"].fillna(True).any()
+    assert table["cached"].isna().all()  # none under the names we know, which need not be all there are
     assert table.loc["lazyslide:plip", "n_features"] == 512
     with pytest.raises(DataValueError, match="timm.list_models"):
         hx.encoders.available(family="timm")

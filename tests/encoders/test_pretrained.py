@@ -335,3 +335,16 @@ def test_a_file_of_another_encoder_is_refused(one_block, file_of):
         quietly("uni", weights=file_of("phikon-v2"))
     with pytest.raises(CheckpointError, match="size mismatch"):
         quietly("gigapath", weights=file_of("h-optimus-0"))
+
+
+def test_a_file_that_does_not_fit_is_not_taken_again(one_block, file_of, tmp_path):
+    wrong = tmp_path / "wrong.safetensors"
+    safetensors.save_file({"weight": torch.zeros(3)}, wrong)
+    with hx.settings.override(cache_dir=tmp_path / "cache"):
+        with pytest.raises(CheckpointError):
+            quietly("phikon-v2", weights=wrong)
+        assert not hx.encoders.available().loc["phikon-v2", "cached"]
+        quietly("phikon-v2", weights=file_of("phikon-v2"))
+        with pytest.raises(CheckpointError):
+            quietly("phikon-v2", weights=wrong)
+        assert quietly("phikon-v2").params()["weights_name"] == "model.safetensors"

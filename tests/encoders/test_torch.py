@@ -96,6 +96,25 @@ def test_compiled_it_gives_the_same():
     assert network._compiled is not None
 
 
+def test_halves_of_a_compiled_batch_are_not_filled_up_to_what_did_not_fit():
+    module = Small(room=3)
+    network, whole = TileNetwork(module, MEAN, STD, "float32"), TileNetwork(Small(), MEAN, STD, "float32")
+    network._compiled = module  # as torch would: it sees the batches that are filled up
+    with pytest.warns(HespotexWarning, match="out of memory"):
+        features = network(tiles(), "cpu")
+    assert module.seen == [3, 3, 3, 3]
+    np.testing.assert_allclose(features, whole(tiles(), "cpu"), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_size_is_found_without_compiling_for_each():
+    encoder = hx.encoders.from_module(Small(), name="small_compiled", tile_px=16)
+    compiled = []
+    encoder._network._compiled = compiled.append
+    assert encoder.fitting_batch_size("cpu") >= 8
+    assert not compiled
+    assert encoder._network.is_compiled
+
+
 def test_where_torch_cannot_compile_it_goes_on(caplog):
     network, plain = TileNetwork(Small(), MEAN, STD, "float32"), TileNetwork(Small(), MEAN, STD, "float32")
 
@@ -153,3 +172,15 @@ def test_only_networks_are_compiled(section):
         hx.pp.embed(section, "morphology", compile=True)
     with pytest.raises(DataValueError, match="compile=True"):
         create("crops").compile()
+
+
+def test_a_pyramid_is_compiled_and_sized_as_its_network():
+    encoder = hx.encoders.from_module(Small(), name="small_pyramid", tile_px=16)
+    pyramid = create("pyramid:small_pyramid")
+    pyramid.compile()
+    assert encoder._network.is_compiled
+    assert all(scale._network is encoder._network for scale in pyramid.scales)
+    assert pyramid.fitting_batch_size("cpu") >= 8
+    with pytest.raises(DataValueError, match="compile=True .* 'pyramid:morphology'|compile=True .* 'morphology'"):
+        create("pyramid:morphology").compile()
+    assert create("pyramid:morphology").fitting_batch_size("cpu") is None

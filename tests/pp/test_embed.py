@@ -234,7 +234,7 @@ def test_interrupted_writing_leaves_nothing(plain_section, monkeypatch, table):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hespotex.pp._embed._spot_radius", interrupted)
+    monkeypatch.setattr("hespotex.pp._embed.spot_radius", interrupted)
     sdata = plain_section(table=table)
     before = stored(sdata)
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import spatialdata as sd
 import hespotex as hx
 from hespotex.data import partial
 from hespotex.data.geometry import resolve_slide, shape_centres
-from hespotex.encoders import EncoderInfo, TileEncoder
+from hespotex.encoders import EncoderInfo, TileEncoder, _base
 from hespotex.errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError
 from hespotex.segmentation._outline import FEATURES
 
@@ -101,6 +101,7 @@ def test_what_is_there_is_not_computed_again(sdata):
 @pytest.mark.parametrize("masked", [False, True])
 def test_interrupted_work_goes_on(sdata, monkeypatch, tmp_path, masked):
     monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
+    monkeypatch.setattr(_base, "_TILES_PER_RUN", 4)
     before = stored(sdata)
     expected = hx.pp.embed_nuclei(sdata, Thumbnail(), masked=masked, copy=True)
     with hx.settings.override(cache_dir=tmp_path, batch_size=4):
@@ -112,6 +113,13 @@ def test_interrupted_work_goes_on(sdata, monkeypatch, tmp_path, masked):
     assert encoder.seen == len(expected) - 8
     key = "X_thumbnail_masked" if masked else "X_thumbnail"
     np.testing.assert_array_equal(sdata["nuclei_features"].obsm[key], expected)
+
+
+@pytest.mark.parametrize(("encoder", "masked"), [("morphology", False), ("crops", True)])
+def test_a_cluster_gives_the_same(sdata, cluster, encoder, masked):
+    local = hx.pp.embed_nuclei(sdata, encoder, masked=masked, batch_size=4, copy=True)
+    remote = hx.pp.embed_nuclei(sdata, encoder, masked=masked, batch_size=4, copy=True, client=cluster)
+    np.testing.assert_array_equal(remote, local)
 
 
 def test_masked_tiles_are_grey_outside_the_outline(sdata):

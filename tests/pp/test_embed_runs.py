@@ -11,8 +11,8 @@ import pytest
 import hespotex as hx
 from hespotex.data import partial
 from hespotex.data.geometry import resolve_slide
-from hespotex.encoders import EncoderInfo, TileEncoder, _base, create, dense, morphology
-from hespotex.errors import DataTypeError, HespotexWarning
+from hespotex.encoders import EncoderInfo, TileEncoder, _base, create, dense, from_module, morphology, pyramid
+from hespotex.errors import DataTypeError, DataValueError, HespotexWarning, MissingWeightsError
 from hespotex.pp import _embed
 
 
@@ -61,6 +61,7 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(_base, "_TILES_PER_RUN", 8)
     monkeypatch.setattr(dense, "_TILES_PER_RUN", 2)
     monkeypatch.setattr(morphology, "_CELLS_AT_ONCE", 1_000)
+    monkeypatch.setattr(pyramid, "_BYTES_AT_ONCE", 4_000)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def textured(plain_section):
 
 
 NAMES = ["means", "dense:patches", "morphology", "rgb", "pyramid:means"]
-SPLIT = ["means", "dense:patches", "morphology"]
+SPLIT = ["means", "dense:patches", "morphology", "pyramid:means"]
 OPTIONS = {"dense:patches": {"tile_um": 16.0}, "morphology": {"tile_um": 64.0, "context_um": 0}}
 
 
@@ -192,6 +193,11 @@ def test_an_encoder_with_a_weights_file_travels_without_its_weights(tmp_path):
     tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     np.testing.assert_array_equal(other.encode(tiles, "cpu"), encoder.encode(tiles, "cpu"))
     assert pickle.loads(pickle.dumps(_embed._Travelling(Means()))).encoder.params() == Means().params()
+    for around in ("dense", "pyramid"):
+        encoder = create(f"{around}:timm:resnet10t", weights=tmp_path / "w.safetensors", tile_px=64)
+        packed = pickle.dumps(_embed._Travelling(encoder))
+        assert len(packed) < 10_000
+        assert pickle.loads(packed).encoder.params() == encoder.params()
 
 
 def test_interrupted_runs_are_not_embedded_twice(textured, monkeypatch, tmp_path):
@@ -216,6 +222,86 @@ def test_interrupted_runs_are_not_embedded_twice(textured, monkeypatch, tmp_path
             hx.pp.embed(textured, made("morphology"))
         assert sum(seen[6:]) == 60 - done
     np.testing.assert_array_equal(textured["table"].obsm["X_morphology"], expected)
+
+
+def test_a_function_that_was_changed_does_not_go_on_with_what_it_was(textured, monkeypatch, tmp_path):
+    monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
+    batches = []
+
+    def wrong(tiles):
+        batches.append(len(tiles))
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+        return tiles.mean((1, 2)) + 1000
+
+    def right(tiles):
+        return tiles.mean((1, 2))
+
+    options = {"name": "changing", "tile_px": 16, "tile_um": 64.0}
+    with hx.settings.override(cache_dir=tmp_path, batch_size=4):
+        encoder = from_module(wrong, **options, n_features=3)
+        with pytest.warns(HespotexWarning, match="interrupted after"), pytest.raises(KeyboardInterrupt):
+            hx.pp.embed(textured, encoder)
+        hx.pp.embed(textured, from_module(right, **options))
+        features = textured["table"].obsm["X_changing"]
+        assert features.max() < 256
+        before = len(batches)
+        hx.pp.embed(textured, from_module(wrong, **options))  # nor is what is stored taken for its own
+    assert len(batches) > before
+    assert textured["table"].obsm["X_changing"].min() >= 1000
+
+
+def test_features_that_are_none_are_not_kept(textured, monkeypatch, tmp_path):
+    monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
+    calls = []
+
+    class Failing(Means):
+        def encode(self, tiles, device):
+            calls.append(len(tiles))
+            return super().encode(tiles, device) * (np.nan if len(calls) == 6 else 1)
+
+    with hx.settings.override(cache_dir=tmp_path, batch_size=4):
+        with (
+            pytest.warns(HespotexWarning, match="interrupted after 16 of 60 rows"),
+            pytest.raises(DataValueError, match="gave NaN or infinite features for 4 of 8 tiles"),
+        ):
+            hx.pp.embed(textured, Failing())
+        hx.pp.embed(textured, Failing())
+    assert np.isfinite(textured["table"].obsm["X_means"]).all()
+
+
+def test_a_worker_without_the_weights_says_so(section, cluster, tmp_path):
+    pytest.importorskip("timm")
+    encoder = create("timm:resnet10t", weights=network_file(tmp_path), tile_px=32)
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(
+        MissingWeightsError, match=r"a worker of client= lacks the weights of encoder 'timm:resnet10t'.*path"
+    ):
+        hx.pp.embed(section, encoder, copy=True, client=cluster)
+
+
+def network_file(folder):
+    from safetensors.torch import save_file
+
+    from hespotex._optional import ensure_torchvision
+
+    ensure_torchvision()
+    import timm
+
+    save_file(timm.create_model("resnet10t", pretrained=False, num_classes=0).state_dict(), folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def test_the_name_of_a_weights_file_is_no_part_of_the_embedding(section, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    file = network_file(tmp_path)
+    options = {"tile_px": 32, "tile_um": 32.0}
+    hx.pp.embed(section, "timm:resnet10t", weights=file, **options)
+    file = file.rename(tmp_path / "other.safetensors")
+    monkeypatch.setattr(_embed, "_compute", None)  # is not called
+    hx.pp.embed(section, "timm:resnet10t", weights=file, **options)
+    with pytest.raises(TypeError, match="NoneType"):
+        hx.pp.embed(section, "timm:resnet10t", weights=file, tile_px=32, tile_um=40.0)
 
 
 def test_a_client_must_be_one(section):

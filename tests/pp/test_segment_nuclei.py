@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -84,7 +87,7 @@ def test_everything_is_written_where_the_contract_says(scene, tmp_path) -> None:
               for x, y in SPOTS[::-1]]  # fmt: skip
     assert table.obs["n_nuclei_window"].tolist() == window
     note = table.uns["hespotex"]["n_nuclei"]
-    assert note["params"] == {"method": "watershed", "diameter_um": 8.0}
+    assert note["params"] == {"method": "watershed", "diameter_um": 8.0, "simplify_um": 0.25}
     assert note["created_by"] == "hespotex.pp.segment_nuclei"
 
     features = sdata["nuclei_features"]
@@ -204,6 +207,7 @@ BAD = {
     "a mask": ({"method": np.zeros((SIDE, SIDE), bool)}, DataTypeError, "number the nuclei"),
     "negative labels": ({"method": np.full((SIDE, SIDE), -1)}, DataValueError, "negative label -1"),
     "no mpp": ({"mpp": 0}, DataValueError, "mpp=0"),
+    "no tolerance": ({"simplify_um": -0.1}, DataValueError, "simplify_um=-0.1"),
     "no threads": ({"n_jobs": 0}, DataValueError, "n_jobs=0"),
     "no nuclei": ({"method": np.zeros((SIDE, SIDE), int)}, DataValueError, "no nuclei"),
     "a number": ({"method": 3}, DataTypeError, "int"),
@@ -257,6 +261,33 @@ def test_labels_elsewhere_are_refused(scene) -> None:
     sdata["other"] = Labels2DModel.parse(scene[1], dims=("y", "x"), transformations={"elsewhere": Identity()})
     with pytest.raises(GeometryError, match="no coordinate system"):
         hx.pp.segment_nuclei(sdata, "other")
+    # The first and the last corner of a square lie where they should, and all else is turned over.
+    turned = Affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    sdata["turned"] = Labels2DModel.parse(scene[1], dims=("y", "x"), transformations={"global": turned})
+    with pytest.raises(GeometryError, match="do not cover"):
+        hx.pp.segment_nuclei(sdata, "turned")
+    near = Translation([3, 0], axes=("x", "y"))
+    sdata["near"] = Labels2DModel.parse(scene[1], dims=("y", "x"), transformations={"global": near})
+    with pytest.raises(GeometryError, match="do not cover"):
+        hx.pp.segment_nuclei(sdata, "near")
+
+
+def test_large_numbers_of_labels_are_the_same_in_a_store(scene, tmp_path) -> None:
+    image, truth = scene
+    labels = np.where(truth > 0, truth.astype(np.uint32) + np.uint32(3_000_000_000), 0).astype(np.uint32)
+    hx.pp.segment_nuclei(make(image), labels, target=tmp_path / "nuclei.zarr", n_jobs=1)
+    assert np.array_equal(read_zarr(tmp_path / "nuclei.zarr")["nuclei_labels"].values, labels)
+
+
+def test_outlines_are_simplified_as_asked(scene) -> None:
+    full, rough = make(scene[0]), make(scene[0])
+    hx.pp.segment_nuclei(full, simplify_um=0, n_jobs=1)
+    hx.pp.segment_nuclei(rough, n_jobs=1)
+    assert full["nuclei"].count_coordinates().sum() > 1.5 * rough["nuclei"].count_coordinates().sum()
+    assert np.array_equal(full["nuclei_features"].X, rough["nuclei_features"].X)
+    assert full["table"].uns["hespotex"]["n_nuclei"]["params"]["simplify_um"] == 0
+    outlines = hx.pp.segment_nuclei(full, "nuclei", simplify_um=0.5, copy=True, n_jobs=1)
+    assert outlines.geometry.geom_equals_exact(full["nuclei"].geometry, 0).all()
 
 
 def test_nuclei_of_somebody_else_are_not_overwritten(scene) -> None:
@@ -437,6 +468,90 @@ def test_interrupted_nuclei_go_on_where_they_stopped(scene, tmp_path, monkeypatc
     same_nuclei(interrupted, undisturbed)
 
 
+KILLED = """
+import sys, time
+import numpy as np
+import hespotex as hx
+from hespotex.pp import _nuclei_source
+from hespotex.segmentation import Watershed, _kept
+from spatialdata import read_zarr
+
+segment = Watershed.__call__
+Watershed.__call__ = lambda self, rgb: time.sleep(0.1) or segment(self, rgb)
+_kept.KEEP_AFTER_S, _nuclei_source.BLOCK_PX = 0.0, 64
+hx.settings.cache_dir = sys.argv[1]
+hx.pp.segment_nuclei(read_zarr(sys.argv[2]), n_jobs=2, target=sys.argv[3], progress_bar=False)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:zarr v3 autosharding")
+def test_a_killed_process_loses_little_and_leaves_nothing(scene, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
+    monkeypatch.setattr(_kept, "KEEP_AFTER_S", 0.0)
+    cache, slide, target = tmp_path / "cache", tmp_path / "slide.zarr", tmp_path / "nuclei.zarr"
+    make(scene[0]).write(slide)
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", KILLED, str(cache), str(slide), str(target)])
+    while process.poll() is None and len(list(cache.rglob("*.npz"))) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = len([path for path in cache.rglob("*.npz") if not path.name.startswith(".")])
+    assert 2 <= kept < 5
+    assert not target.exists()
+
+    calls, segment = [], Watershed.__call__
+    monkeypatch.setattr(Watershed, "__call__", lambda self, rgb: calls.append(1) or segment(self, rgb))
+    with hx.settings.override(cache_dir=cache):
+        hx.pp.segment_nuclei(read_zarr(slide), n_jobs=1, target=target)
+        assert len(calls) == 25 - 5 * kept
+        undisturbed = make(scene[0])
+        hx.pp.segment_nuclei(undisturbed, n_jobs=1)
+    found = read_zarr(target)
+    same_nuclei(found, undisturbed)
+    assert np.array_equal(found["nuclei_labels"].values, undisturbed["nuclei_labels"].values)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "slide.zarr", "nuclei.zarr"}
+    assert not list((cache / "nuclei").iterdir())
+
+
+def test_a_slide_without_nuclei_is_not_called_interrupted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
+    monkeypatch.setattr(_kept, "KEEP_AFTER_S", 0.0)
+    sdata = make(np.full((SIDE, SIDE, 3), 240, np.uint8))
+    with hx.settings.override(cache_dir=tmp_path):
+        with pytest.raises(DataValueError, match="no nuclei"):  # a warning would be an error of another type
+            hx.pp.segment_nuclei(sdata, n_jobs=1)
+        assert not list((tmp_path / "nuclei").iterdir())
+
+
+@pytest.mark.parametrize("change", ["diameter", "image", "resolution", "outlines"])
+def test_parts_of_another_image_or_other_parameters_are_not_used(scene, tmp_path, monkeypatch, change: str) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
+    monkeypatch.setattr(_kept, "KEEP_AFTER_S", 0.0)
+    calls, segment = [], Watershed.__call__
+
+    def interrupted(self: Watershed, rgb: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return segment(self, rgb)
+
+    monkeypatch.setattr(Watershed, "__call__", interrupted)
+    with hx.settings.override(cache_dir=tmp_path):
+        with pytest.raises(KeyboardInterrupt), pytest.warns(HespotexWarning, match="interrupted"):
+            hx.pp.segment_nuclei(make(scene[0]), n_jobs=1)
+        image, options = scene[0], {}
+        if change == "image":
+            image = image.copy()
+            image[200:203, 200:203] //= 2
+        else:
+            options = {"diameter": {"diameter_um": 8.1}, "resolution": {"mpp": 0.52}, "outlines": {"simplify_um": 0.2}}[
+                change
+            ]
+        calls[:] = [0] * 100
+        hx.pp.segment_nuclei(make(image), n_jobs=1, **options)
+        assert len(calls) == 125
+
+
 def test_a_cluster_writes_the_same(scene, segmented, cluster) -> None:
     sdata = make(scene[0])
     hx.pp.segment_nuclei(sdata, client=cluster)
@@ -461,7 +576,11 @@ def test_instanseg_is_a_method(name: str, tmp_path) -> None:
     hx.pp.segment_nuclei(sdata, name, model=tmp_path / "weights.pt", device="cpu")
     hits, n_true, n_found = matched(truth, sdata["nuclei_labels"].values)
     assert hits == n_true == n_found
-    assert sdata["table"].uns["hespotex"]["n_nuclei"]["params"] == {"method": "instanseg", "diameter_um": 8.0}
+    assert sdata["table"].uns["hespotex"]["n_nuclei"]["params"] == {
+        "method": "instanseg",
+        "diameter_um": 8.0,
+        "simplify_um": 0.25,
+    }
 
 
 def test_more_nuclei_than_memory_are_sent_to_disk(scene, monkeypatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import shapely
-from shapely import Point, Polygon, box
+from shapely import MultiPolygon, Point, Polygon, box
 
 from hespotex.errors import DataValueError, HespotexWarning
 from hespotex.image.stream import working_grid
@@ -96,7 +96,7 @@ def test_sums_are_those_of_a_mask() -> None:
         [Point(*xy).buffer(r) for xy, r in zip(rng.uniform(-2, 52, (30, 2)), rng.uniform(1, 9, 30), strict=True)]
     )
     nobody = np.full((30, 2), -1)
-    sums = sum_pixels(*edges_of(polygons), pixel_boxes(polygons), nobody, values, 0, 0)
+    sums = sum_pixels(*edges_of(polygons), pixel_boxes(polygons, values.shape), nobody, values, 0, 0)
     y, x = np.mgrid[:40, :50] + 0.5
     for polygon, (count, total, squares) in zip(polygons, sums, strict=True):
         inside = shapely.contains_xy(polygon, x, y)
@@ -123,3 +123,32 @@ def test_ids_have_to_be_unique_and_something_has_to_remain() -> None:
         check_outlines(given([box(0, 0, 9, 9)] * 3, ["a", "b", "b"]), slide, "'x'")
     with pytest.raises(DataValueError, match="none of the 1 outlines.*beyond"):
         check_outlines(given([box(500, 500, 509, 509)]), slide, "'x'")
+
+
+def test_an_outline_around_everything_costs_no_more_than_the_image() -> None:
+    """Somebody drew a frame, or units are wrong: what lies beyond the image is not drawn."""
+    image = np.full((60, 80, 3), 200, np.uint8)
+    outlines = given([box(-1e9, -1e9, 1e9, 1e9), box(70, 50, 100, 100), box(1e300, 1e300, 1e301, 1e301)])
+    with pytest.warns(HespotexWarning, match="2 lie beyond"):
+        checked = check_outlines(outlines, slide_of(image), "frame")
+    nuclei = measured(checked, image)
+    assert nuclei.regions.boxes.tolist() == [[0, 0, 60, 80]]
+    assert (rasterise(nuclei)[:] == 1).all()
+
+
+def test_empty_geometries_are_left_out() -> None:
+    image = np.full((60, 80, 3), 200, np.uint8)
+    outlines = given([Polygon(), MultiPolygon(), None, Point(3, 4), box(10, 10, 20, 20)])
+    with pytest.warns(HespotexWarning, match="4 enclose nothing"):
+        checked = check_outlines(outlines, slide_of(image), "some")
+    assert checked.ids.tolist() == [5]
+
+
+@pytest.mark.parametrize("at", [(10.0, 10.0), (80.0, 60.0), (79.999999, 0.000001)])
+def test_specks_have_one_pixel_of_the_image(at: tuple[float, float]) -> None:
+    image = np.full((60, 80, 3), 200, np.uint8)
+    x, y = at
+    sign = 1 if y < 1 else -1
+    speck = Polygon([(x, y), (x - 1e-9, y), (x, y + sign * 1e-9)])
+    nuclei = measured(check_outlines(given([speck]), slide_of(image), "specks"), image)
+    assert (rasterise(nuclei)[:] == 1).sum() == 1

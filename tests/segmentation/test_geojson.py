@@ -126,3 +126,19 @@ def test_nothing_and_nowhere_are_named(tmp_path) -> None:
     (tmp_path / "b.geojson.gz").write_bytes(b"\x1f\x8b\x08no")
     with pytest.raises(DataValueError, match="no GeoJSON"):
         read_geojson(tmp_path / "b.geojson.gz")
+
+
+def test_a_broken_outline_costs_only_itself(tmp_path) -> None:
+    square = [[0, 0], [4, 0], [4, 4], [0, 4], [0, 0]]
+    broken = [
+        {"type": "MultiPolygon", "coordinates": [[square], [[[1, 1], [2, 2]]]]},
+        {"type": "MultiPolygon", "coordinates": [[[[float("nan"), 1], [2, 3], [4, 5], [1, 1]]]]},
+        {"type": "Polygon", "coordinates": [square, []]},
+        {"type": "MultiPolygon", "coordinates": []},
+    ]
+    whole = {"type": "Polygon", "coordinates": [square]}
+    path = tmp_path / "cells.geojson"
+    path.write_text(json.dumps([{"type": "Feature", "geometry": geometry} for geometry in [*broken, whole]]))
+    found = read_geojson(path)
+    assert found.ids.tolist() == [1, 2, 3, 4, 5]
+    assert [geometry is not None and not geometry.is_empty for geometry in found.geometries] == [False] * 4 + [True]

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from hespotex.segmentation._flood import grow_regions
-from hespotex.segmentation._split import split_necks
+from hespotex.segmentation._necks import split_necks
 
 from ._scenes import discs
 

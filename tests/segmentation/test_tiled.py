@@ -11,11 +11,10 @@ from hespotex.data.geometry import Level, Slide
 from hespotex.errors import DataTypeError, DataValueError, HespotexWarning
 from hespotex.pp._nuclei_source import OfPixels
 from hespotex.segmentation import Watershed, _tiled
-from hespotex.segmentation._appearance import estimate_appearance
+from hespotex.segmentation._appearance import estimate_appearance, sample_tissue
 from hespotex.segmentation._nuclei import Nuclei
 from hespotex.segmentation._outline import FEATURES
 from hespotex.segmentation._raster import rasterise
-from hespotex.segmentation._sample import sample_tissue
 from hespotex.segmentation._tiled import iter_nuclei, segment_slide
 
 from ._scenes import discs, lattice, matched, slide_of
@@ -218,3 +217,57 @@ def test_memory_does_not_grow_with_the_slide() -> None:
 
     peak(2)  # whatever is imported and compiled first
     assert peak(70) < 1.25 * peak(10)  # where 70 rows of results are kept, it is 1.4 times
+
+
+def looks_different(block, seen: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """Label image of a block with the boxes (y0, x0, y1, x1) that it sees, which lie in its surroundings."""
+    labels = np.zeros(block.pixels.shape[:2], np.int32)
+    top, left = block.y - block.halo_px, block.x - block.halo_px
+    for name, (y0, x0, y1, x1) in enumerate(seen, start=1):
+        labels[max(y0 - top, 0) : max(y1 - top, 0), max(x0 - left, 0) : max(x1 - left, 0)] = name
+    return labels
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([(40, 93, 60, 113)], [(40, 87, 60, 107)], 1),  # each sees it in the core of the other
+        ([(40, 87, 60, 107)], [(40, 93, 60, 113)], 1),  # each sees it in its own
+        ([(40, 80, 60, 119)], [(40, 101, 60, 125)], 1),  # the second does not even see it cross the border
+        ([(40, 80, 60, 99)], [(40, 84, 60, 120)], 1),  # nor the first
+        ([(40, 90, 60, 114)], [(40, 88, 60, 101), (40, 101, 60, 113)], 2),  # one to the first, two to the second
+        ([(40, 70, 60, 90)], [(40, 110, 60, 130)], 2),  # two, each seen by one block alone
+        ([(40, 99, 60, 110)], [], 1),  # the neighbour sees nothing
+        ([(40, 60, 60, 100)], [(40, 100, 60, 140)], 2),  # they touch at the border
+    ],
+)
+def test_what_two_blocks_see_differently_is_there_once(first, second, expected: int, turned: bool) -> None:
+    def backend(block) -> np.ndarray:
+        seen = first if (block.y if turned else block.x) == 0 else second
+        return looks_different(block, [(x0, y0, x1, y1) if turned else (y0, x0, y1, x1) for y0, x0, y1, x1 in seen])
+
+    image = np.full((200, 100, 3) if turned else (100, 200, 3), 255, np.uint8)
+    nuclei = segment_slide(slide_of(image), backend, mpp=0.5, halo_px=64, block_px=100, n_jobs=1, progress_bar=False)
+    assert len(nuclei) == expected
+    assert nuclei.ids.tolist() == list(range(1, expected + 1))
+
+
+@pytest.mark.parametrize("block_px", [64, 100])
+def test_a_segmenter_that_is_never_sure_loses_and_doubles_nothing(block_px: int) -> None:
+    """As networks do, it sees every nucleus up to 2 px elsewhere from each block."""
+    shape = (400, 400)
+    centres = lattice(shape, 19, jitter=1, seed=5)
+
+    def backend(block) -> np.ndarray:
+        rng = np.random.default_rng([block.y, block.x])
+        moved = (centres + rng.uniform(-2, 2, centres.shape)).round().astype(int)
+        return looks_different(block, [(y - 8, x - 8, y + 8, x + 8) for x, y in moved.tolist()])
+
+    image = np.full((*shape, 3), 255, np.uint8)
+    nuclei = segment_slide(
+        slide_of(image), backend, mpp=0.5, halo_px=64, block_px=block_px, n_jobs=2, progress_bar=False
+    )
+    assert len(nuclei) == len(centres)
+    assert (np.abs(nuclei.centroids()[:, None] - centres).max(axis=2).min(axis=1) < 3).all()
+    assert nuclei.ids.tolist() == list(range(1, len(centres) + 1))

@@ -1,8 +1,9 @@
-"""Images as SpatialData keeps them: elements of lazy levels that know where they lie."""
+"""Elements as SpatialData keeps them: images of lazy levels that know where they lie, shapes that must go on knowing it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from .pyramid import level_factor
 
 if TYPE_CHECKING:
     import dask.array as da
+    from spatialdata import SpatialData
     from xarray import DataArray, DataTree
 
-__all__ = ["image_element", "transformations"]
+__all__ = ["image_element", "shapes_kept", "transformations"]
 
 
 def transformations(mpp: float | None) -> dict[str, Any]:
@@ -56,3 +58,14 @@ def _placed(level: DataArray, full: Sequence[int]) -> Any:
         for axis, small, large in zip(("y", "x"), size, full, strict=True)
     }
     return level.assign_coords(coords).to_dataset(name="image")
+
+
+@contextmanager
+def shapes_kept(sdata: SpatialData) -> Iterator[None]:
+    """Write `sdata` in here: spatialdata takes the transformations off shapes meanwhile, and after an error leaves them off."""
+    before = [(shapes, dict(shapes.attrs)) for shapes in sdata.shapes.values()]
+    try:
+        yield
+    finally:
+        for shapes, attrs in before:
+            shapes.attrs.update(attrs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Encoder, EncoderInfo, PatchEncoder, TileEncoder
+from ._base import Encoder, EncoderInfo, PatchEncoder, TileEncoder, identifying
 from ._registry import as_encoder, available, create, register
 from ._resolution import check_resolution
 from .module import from_module
@@ -17,5 +17,6 @@ __all__ = [
     "check_resolution",
     "create",
     "from_module",
+    "identifying",
     "register",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,10 +16,13 @@ import numpy as np
 from ..errors import DataValueError, HespotexWarning
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data.geometry import Slide
+    from ._hub import Weights
     from ._torch import TileNetwork
 
-__all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder"]
+__all__ = ["Encoder", "EncoderInfo", "PatchEncoder", "TileEncoder", "identifying"]
 
 _TILES_PER_RUN = 512
 _SMALLEST_BATCH, _LARGEST_BATCH = 8, 512
@@ -43,6 +47,11 @@ class EncoderInfo:
     hub_files: tuple[str, ...] = ()  # names of their file there, preferred first
     needs_weights: bool = False  # of somebody else, without which nothing runs
     trained_mpp: tuple[float, ...] = ()  # resolutions the weights were trained at; empty: unknown, or none
+
+
+def identifying(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What of :meth:`Encoder.params` determines features: not how the weights file is called where its hash is known."""
+    return {key: value for key, value in params.items() if key != "weights_name" or "weights_sha256" not in params}
 
 
 class Encoder(ABC):
@@ -77,6 +86,10 @@ class Encoder(ABC):
 
         ``create(**params)`` rebuilds the encoder; weights appear as name and SHA-256, never as a path.
         """
+
+    def code_hash(self) -> str:
+        """What else tells features apart, of encoders that :meth:`params` knows by name alone; empty for others."""
+        return ""
 
     @abstractmethod
     def embed(
@@ -113,6 +126,15 @@ class Encoder(ABC):
                 values[rows] = features
             yield number, values
 
+    def weights_file(self) -> Path | None:
+        """The file from which ``create(**params(), weights=file)`` makes the encoder again; ``None`` if of no one file."""
+        return None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return False
+
     def compile(self) -> None:
         """Have torch compile the network: worth some seconds to a minute where many thousand tiles follow.
 
@@ -122,6 +144,10 @@ class Encoder(ABC):
             If the encoder is no network of torch.
         """
         raise DataValueError(f"compile=True is for encoders that are networks of torch, which {self.name!r} is not")
+
+    def fitting_batch_size(self, device: str) -> int | None:
+        """Tiles per forward pass that are fastest on `device`; ``None`` for encoders that have no such thing."""
+        return None
 
     def resized(self, factor: float) -> Encoder:
         """The same encoder for tiles `factor` times as wide."""
@@ -139,6 +165,16 @@ class TileEncoder(Encoder):
 
     tile_px: int
     _network: TileNetwork | None = None  # of encoders that are one
+    _weights: Weights | None = None  # of encoders that have them from a file
+
+    def weights_file(self) -> Path | None:
+        """The file of the weights; see :meth:`Encoder.weights_file`."""
+        return None if self._weights is None else self._weights.path
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._network is not None and self._network.is_compiled
 
     def compile(self) -> None:
         """Have torch compile the network; see :meth:`Encoder.compile`."""
@@ -155,18 +191,18 @@ class TileEncoder(Encoder):
         """
         rng = np.random.default_rng(0)
         tiles = rng.integers(0, 255, (_LARGEST_BATCH, self.tile_px, self.tile_px, 3), dtype=np.uint8)
-        self.encode(tiles[:1], device)  # moves the network, wakes libraries
         best, size, fastest = _SMALLEST_BATCH, _SMALLEST_BATCH, np.inf
-        while size <= _LARGEST_BATCH:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", HespotexWarning)
+        with nullcontext() if self._network is None else self._network.uncompiled(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", HespotexWarning)
+            self.encode(tiles[:1], device)  # moves the network, wakes libraries
+            while size <= _LARGEST_BATCH:
                 start = perf_counter()
                 self.encode(tiles[:size], device)
                 per_tile = (perf_counter() - start) / size
-            if per_tile > fastest * (1 - _WORTHWHILE):
-                break
-            best, fastest = size, per_tile
-            size *= 2
+                if per_tile > fastest * (1 - _WORTHWHILE):
+                    break
+                best, fastest = size, per_tile
+                size *= 2
         return best
 
     def set_size(self, tile_um: float | None, mpp: float | None, *, default_um: float) -> None:

@@ -25,6 +25,12 @@ class Weights:
     path: Path
     name: str
     sha256: str
+    given_for: str = ""  # name of an encoder that is to find this file without being told again
+
+    def remember(self) -> None:
+        """Note the file under the name of the encoder it was given for; to be called when it is known to fit."""
+        if self.given_for:
+            remember_as(self.given_for, self.path)
 
 
 def find_weights(
@@ -81,9 +87,7 @@ def find_weights(
         path, digest = identify(hub_file(weights.removeprefix(HUB), files, revision, encoder), expected=sha256)
         return Weights(path, name or weights, digest)
     path, digest = identify(_in_folder(Path(weights).expanduser(), files), expected=sha256)
-    if given and hub_id:
-        remember_as(encoder, path)
-    return Weights(path, name or path.name, digest)
+    return Weights(path, name or path.name, digest, given_for=encoder if given and hub_id else "")
 
 
 def _in_folder(path: Path, files: Sequence[str]) -> Path:

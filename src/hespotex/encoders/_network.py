@@ -12,6 +12,7 @@ from ._base import PatchEncoder
 from ._torch import TileNetwork
 
 if TYPE_CHECKING:
+    from ._hub import Weights
     from ._pooling import Pooled
 
 __all__ = ["NetworkEncoder", "triple"]
@@ -21,6 +22,7 @@ class NetworkEncoder(PatchEncoder):
     """An encoder that is a pooled network of timm; subclasses make the network and call :meth:`_set_network`."""
 
     _network: TileNetwork
+    _weights: Weights
 
     def _set_network(self, module: Pooled, mean: Sequence[float], std: Sequence[float], dtype: str) -> None:
         self.n_features = module.n_features

@@ -196,7 +196,7 @@ def available(family: str | None = None) -> pd.DataFrame:
     Returns
     -------
     One row for each encoder, with its name as index. ``cached``: whether it runs without the network, because its weights
-    lie in the hub's cache, were given as a file before, or are not needed; missing where that depends on what is asked for.
+    lie in the hub's cache, were given as a file before, or are not needed; missing where that depends on what is asked for, or is not known.
 
     Raises
     ------
@@ -214,7 +214,7 @@ def available(family: str | None = None) -> pd.DataFrame:
     if family == "lazyslide":
         from .lazyslide import infos
 
-        listed: list[tuple[EncoderInfo, bool | None]] = list(infos())
+        listed = infos()
     elif family is None:
         listed = [(info, _is_cached(info)) for info in map(_info, _known())]
     else:

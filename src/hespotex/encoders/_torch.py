@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +15,60 @@ from ..errors import DataValueError, DeviceMemoryError, HespotexWarning
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TileNetwork"]
+__all__ = ["Halving", "TileNetwork"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Halving:
+    """Batches by what fits into the memory of a device: one that does not is taken in halves from then on."""
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._at_most: int | None = None  # tiles that fit, once more of them did not
+
+    def __call__(self, run: Callable[[np.ndarray], np.ndarray], tiles: np.ndarray, device: torch.device) -> np.ndarray:
+        """``run(tiles)``, one row for each of the tiles (b, h, w, 3), some at a time where need be.
+
+        Raises
+        ------
+        DeviceMemoryError
+            If not even one tile fits.
+
+        Warns
+        -----
+        HespotexWarning
+            If a batch does not, once for each size.
+        """
+        import torch
+
+        if self._device != device:
+            self._device, self._at_most = device, None
+        step = max(min(self._at_most or len(tiles), len(tiles)), 1)
+        parts: list[np.ndarray] = []
+        start = 0
+        while start < len(tiles) or not parts:
+            try:
+                parts.append(run(tiles[start : start + step]))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if step == 1:
+                    raise DeviceMemoryError(
+                        f"one tile of {tiles.shape[1]} × {tiles.shape[2]} px does not fit into the memory of "
+                        f"{str(device)!r}; free some, take device='cpu', dtype='bfloat16' or a smaller encoder"
+                    ) from error
+                step = self._at_most = -(-step // 2)
+                _forget(device)
+                warnings.warn(
+                    f"{str(device)!r} is out of memory; going on with batches of {step} tiles. To spare the attempt: "
+                    f"batch_size={step}",
+                    HespotexWarning,
+                    stacklevel=3,
+                )
+            else:
+                start += step
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class TileNetwork:
@@ -51,7 +103,7 @@ class TileNetwork:
         self._scale = None if spread is None else 1 / (255 * spread)
         self._shift = None if centre is None or spread is None else -centre / spread
         self._device: torch.device | None = None
-        self._at_most: int | None = None  # tiles that fit into memory, once more of them did not
+        self._in_halves = Halving()
         self._compiled: Callable[[Any], Any] | None = None
         self._compiled_for = 0  # tiles
 
@@ -83,33 +135,9 @@ class TileNetwork:
         target = resolve_device(device)
         if self._device != target:
             self._network = self._network.to(target)
-            self._device, self._at_most = target, None
-        step = min(self._at_most or len(tiles), max(len(tiles), 1))
-        parts: list[np.ndarray] = []
-        start = 0
+            self._device = target
         with torch.inference_mode():
-            while start < len(tiles) or not parts:
-                try:
-                    parts.append(self._features(tiles[start : start + step], target, after, forward))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    if step == 1:
-                        raise DeviceMemoryError(
-                            f"one tile of {tiles.shape[1]} × {tiles.shape[2]} px does not fit into the memory of "
-                            f"{str(target)!r}; free some, take device='cpu', dtype='bfloat16' or a smaller encoder"
-                        ) from error
-                    step = self._at_most = -(-step // 2)
-                    _forget(target)
-                    warnings.warn(
-                        f"{str(target)!r} is out of memory; going on with batches of {step} tiles. To spare the attempt: "
-                        f"batch_size={step}",
-                        HespotexWarning,
-                        stacklevel=2,
-                    )
-                else:
-                    start += step
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            return self._in_halves(lambda part: self._features(part, target, after, forward), tiles, target)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: the network without its device, to be compiled there if it was to be here."""
@@ -135,6 +163,15 @@ class TileNetwork:
         import torch
 
         self._compiled, self._compiled_for = torch.compile(self._network, dynamic=False), 0
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """The network as it is, for batches of many sizes: each would be compiled anew."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
 
     def _features(
         self,
@@ -167,6 +204,7 @@ class TileNetwork:
             return self._compiled(full.contiguous(memory_format=torch.channels_last))[: len(x)]
         except Exception as error:  # what compilers raise is not a closed set
             if _is_out_of_memory(error):
+                self._compiled_for = 0  # the halves are not to be filled up to what did not fit
                 raise
             logger.warning("torch cannot compile the network, which goes on as it is: %s", str(error).split("\n")[0])
             self._compiled = None

@@ -14,6 +14,8 @@ from ._groups import grouped
 from ._registry import create
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data.geometry import Slide
 
 __all__ = ["Dense"]
@@ -92,6 +94,26 @@ class Dense(Encoder):
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
         network = {key: value for key, value in self._network.params().items() if key not in ("name", "tile_um")}
         return {**network, "name": self.name, "tile_um": self.tile_um, "overlap": self._overlap}
+
+    def weights_file(self) -> Path | None:
+        """That of the network."""
+        return self._network.weights_file()
+
+    def compile(self) -> None:
+        """Not for patches.
+
+        Raises
+        ------
+        DataValueError
+            Always.
+        """
+        raise DataValueError(
+            f"compile=True is for features of whole tiles; {self.name!r} asks the network for its patches"
+        )
+
+    def fitting_batch_size(self, device: str) -> int | None:
+        """That of the network."""
+        return self._network.fitting_batch_size(device)
 
     def resized(self, factor: float) -> Dense:
         """The same encoder for cells `factor` times as wide, seen at a coarser resolution; both share one network."""

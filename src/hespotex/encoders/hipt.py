@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataValueError, MissingWeightsError
 from ._base import Encoder, EncoderInfo
 from ._licence import show_licence
-from ._torch import DTYPES
+from ._torch import DTYPES, Halving
 from ._weights import identify, load_into, read_state_dict, recall
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Networks:
         self._vit256, self._vit4k = (
             network.eval().requires_grad_(requires_grad=False).to(self._dtype) for network in (vit256, vit4k)
         )
+        self._in_halves = Halving()
 
     def local(self, patches: np.ndarray, *, batch_size: int, device: str) -> tuple[np.ndarray, np.ndarray]:
         """Class tokens (n, 384) and patch tokens (n, 16, 16, 384) of patches (n, 256, 256, 3) uint8.
@@ -76,8 +77,7 @@ class Networks:
         with torch.inference_mode():
             for start in range(0, len(first), batch_size):
                 some = slice(start, start + batch_size)
-                x = torch.from_numpy(patches[first[some]]).to(target).permute(0, 3, 1, 2).float()
-                out = self._vit256(((x / 255 - 0.5) / 0.5).to(self._dtype)).float().cpu().numpy()
+                out = self._in_halves(lambda pixels: self._tokens(pixels, target), patches[first[some]], target)
                 class_tokens[some] = out[:, 0]
                 tokens[some] = out[:, 1:].reshape(-1, *tokens.shape[1:])
         return class_tokens[which], tokens[which]
@@ -90,6 +90,13 @@ class Networks:
         with torch.inference_mode():
             tokens = self._vit4k(x.to(self._dtype))[0, 1:].float().cpu().numpy()
         return tokens.reshape(*grid.shape[:2], REGIONAL)
+
+    def _tokens(self, patches: np.ndarray, target: torch.device) -> np.ndarray:
+        """Tokens of the lower transformer (b, 257, 384) of patches (b, 256, 256, 3) uint8."""
+        import torch
+
+        x = torch.from_numpy(patches).to(target).permute(0, 3, 1, 2).float()
+        return self._vit256(((x / 255 - 0.5) / 0.5).to(self._dtype)).float().cpu().numpy()
 
     def _to(self, device: str) -> torch.device:
         from .._device import resolve_device

@@ -13,6 +13,7 @@ from ._base import EncoderInfo, PatchEncoder
 from ._hub import is_cached
 from ._licence import show_licence
 from ._names import near
+from ._torch import Halving
 from .module import hash_module
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class LazySlideEncoder(PatchEncoder):
             raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
         self.set_size(tile_um, mpp, default_um=0.5 * self.tile_px)
         self._target: Any = None
+        self._in_halves = Halving()
         white = np.full((1, self.tile_px, self.tile_px, 3), 255, np.uint8)
         self.n_features = int(self.encode(white, "cpu").shape[1])
 
@@ -145,10 +147,14 @@ class LazySlideEncoder(PatchEncoder):
         if self._target != target:
             self._model.to(target)
             self._target = target
+
+        def run(some: np.ndarray) -> np.ndarray:
+            out = call(self._images(some, target))
+            features = out.float().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out, np.float32)
+            return features.reshape(len(some), *features.shape[1:])
+
         with torch.inference_mode():
-            out = call(self._images(tiles, target))
-        features = out.float().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out, dtype=np.float32)
-        return features.reshape(len(tiles), *features.shape[1:])
+            return self._in_halves(run, tiles, target)
 
     def _images(self, tiles: np.ndarray, target: Any) -> Any:
         """The tiles as the model takes them: normalised tensors, or pixels for models that do it themselves."""
@@ -181,9 +187,9 @@ def image_models() -> Mapping[str, Any]:
     }
 
 
-def infos() -> list[tuple[EncoderInfo, bool]]:
-    """What each of them is, and whether its weights lie in the hub's cache."""
-    table = []
+def infos() -> list[tuple[EncoderInfo, bool | None]]:
+    """What each of them is, and whether its weights lie in the hub's cache: ``None`` where their file is not known."""
+    table: list[tuple[EncoderInfo, bool | None]] = []
     for key, kind in image_models().items():
         hub_id = str(kind.hf_url or "").removeprefix(_HUB_URL)
         info = EncoderInfo(
@@ -197,7 +203,7 @@ def infos() -> list[tuple[EncoderInfo, bool]]:
             hub_id=hub_id,
             needs_weights=True,
         )
-        table.append((info, is_cached(info.name, hub_id)))
+        table.append((info, is_cached(info.name, hub_id) or None))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,11 +36,12 @@ class OwnEncoder(TileEncoder):
         tile_um: float | None,
         mpp: float | None,
         n_features: int | None,
+        code_hash: str = "",
     ) -> None:
         if tile_px < 1:
             raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
         self.name, self.tile_px = identity["name"], int(tile_px)
-        self._run, self._identity = run, identity
+        self._run, self._identity, self._code_hash = run, identity, code_hash
         self._network = run if isinstance(run, TileNetwork) else None
         self.set_size(tile_um, mpp, default_um=0.5 * self.tile_px)
         if n_features is None:
@@ -56,6 +58,10 @@ class OwnEncoder(TileEncoder):
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
         return {**self._identity, "tile_px": self.tile_px, "tile_um": self.tile_um}
+
+    def code_hash(self) -> str:
+        """Of a function, which is otherwise known by its name alone; see :meth:`Encoder.code_hash`."""
+        return self._code_hash
 
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
         """Features (b, n_features) float32 of RGB tiles (b, tile_px, tile_px, 3) uint8."""
@@ -93,7 +99,7 @@ def from_module(
         tiles (b, tile_px, tile_px, 3) uint8 to features (b, d), which does everything else itself.
     name
         Of the encoder: the features are stored as ``obsm["X_<name>"]``. That of the module's class by default; a function
-        needs one, because nothing else tells it from others: give a new name when it changes.
+        needs one, by which a model that was trained on its features finds it: give a new name when it changes.
     tile_px
         Side of a tile in pixels, as the module takes it.
     tile_um, mpp
@@ -152,7 +158,8 @@ def from_module(
             "weights_sha256": hash_module(network),
         }
         run = TileNetwork(copy.deepcopy(network), own_mean, own_std, dtype)
-    encoder = OwnEncoder(run, identity, tile_px=tile_px, tile_um=tile_um, mpp=mpp, n_features=n_features)
+    size: dict[str, Any] = {"tile_px": tile_px, "tile_um": tile_um, "mpp": mpp, "n_features": n_features}
+    encoder = OwnEncoder(run, identity, **size, code_hash=_hash_code(module) if network is None else "")
     remember(encoder)
     return encoder
 
@@ -168,6 +175,30 @@ def hash_module(module: torch.nn.Module) -> str:
             continue
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_code(function: Callable[..., Any]) -> str:
+    """SHA-256 of what a function is compiled to, without the functions it calls; empty for other callables.
+
+    So that what an earlier version of it computed is not taken for its own, above all not where work goes on that was
+    interrupted.
+    """
+    digest = hashlib.sha256()
+
+    def update(code: CodeType) -> None:
+        digest.update(code.co_code + repr(code.co_names).encode())
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                update(constant)
+            else:
+                digest.update(repr(constant).encode())
+
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return ""
+    update(code)
+    digest.update(repr(getattr(function, "__defaults__", None)).encode())
     return digest.hexdigest()
 
 

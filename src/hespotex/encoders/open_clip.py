@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from .._optional import optional_import
 from ..errors import DataValueError
 from ._base import EncoderInfo, PatchEncoder
-from ._hub import HUB, find_weights
+from ._hub import HUB, Weights, find_weights
 from ._licence import show_licence
 from ._names import near
 from ._torch import TileNetwork
@@ -80,6 +81,7 @@ class OpenClipEncoder(PatchEncoder):
     )
     default_um: float | None = None
     _network: TileNetwork
+    _weights: Weights
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class OpenClipEncoder(PatchEncoder):
         state = read_state_dict(self._weights.path)
         own = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
         load_into(tower, own, f"the image tower of {architecture!r}")
+        self._weights.remember()
 
         self.tile_px = int(np.max(tower.image_size))
         self.n_features = int(tower.output_dim)
@@ -175,12 +178,9 @@ class OpenClipEncoder(PatchEncoder):
         )
 
     def _tokens(self, x: Any) -> Any:
-        before = self._tower.output_tokens
-        self._tower.output_tokens = True
-        try:
-            return self._tower(x)[1]
-        finally:
-            self._tower.output_tokens = before
+        tower = copy.copy(self._tower)  # of the same parameters; other threads may be at the features of whole tiles
+        tower.output_tokens = True
+        return tower(x)[1]
 
     def _tiles(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, progress_bar: bool

@@ -98,6 +98,7 @@ class PretrainedEncoder(NetworkEncoder):
         self._weights = found
         state = module_names(record, read_state_dict(found.path), module, self.tile_px)
         load_into(module, state, f"the encoder {record.name!r}", assign=True)
+        found.remember()
         self._set_network(module, *record.pixels, dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:

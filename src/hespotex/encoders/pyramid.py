@@ -12,11 +12,13 @@ from ._base import Encoder, EncoderInfo, TileEncoder
 from ._registry import create
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data.geometry import Slide
 
 __all__ = ["Pyramid"]
 
-_BYTES_AT_ONCE = 512 * 2**20  # of features of all scales
+_BYTES_AT_ONCE = 128 * 2**20  # of features of all scales
 
 
 class Pyramid(Encoder):
@@ -98,14 +100,45 @@ class Pyramid(Encoder):
             "spacing": self._spacing,
         }
 
+    @property
+    def trained_mpp(self) -> tuple[float, ...]:
+        """Those of the encoder; coarser scales are meant to see less detail."""
+        return self._base.trained_mpp
+
+    def code_hash(self) -> str:
+        """That of the encoder."""
+        return self._base.code_hash()
+
+    def weights_file(self) -> Path | None:
+        """That of the encoder."""
+        return self._base.weights_file()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the encoder is."""
+        return self._base.is_compiled
+
+    def compile(self) -> None:
+        """Have torch compile the network, which all scales share; see :meth:`Encoder.compile`."""
+        self._base.compile()
+
+    def fitting_batch_size(self, device: str) -> int | None:
+        """That of the encoder."""
+        return self._base.fitting_batch_size(device)
+
+    def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
+        """Horizontal parts of the slide, whose features fit into memory together."""
+        y = np.asarray(centres, dtype=np.float64).reshape(-1, 2)[:, 1]
+        n_parts = -(-len(y) * self.n_features * 4 // _BYTES_AT_ONCE)
+        return np.array_split(np.argsort(y, kind="stable"), n_parts) if n_parts else []
+
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (row indices (b,), features (b, n_features) float32), in horizontal parts of the slide."""
         xy = np.asarray(centres, dtype=np.float64).reshape(-1, 2)
-        n_parts = -(-len(xy) * self.n_features * 4 // _BYTES_AT_ONCE)
         run: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress_bar": progress_bar}
-        for rows in np.array_split(np.argsort(xy[:, 1], kind="stable"), n_parts) if n_parts else ():
+        for rows in self.runs(slide, xy, batch_size=batch_size):
             parts = [
                 _interpolated(scale, slide, xy[rows], self._spacing, run)
                 if self._on_lattice(scale)

@@ -130,6 +130,7 @@ class TimmEncoder(NetworkEncoder):
         left_out = classifier_of(model, model.state_dict())
         state = {name: value for name, value in read_state_dict(self._weights.path).items() if name not in left_out}
         load_into(model, state, f"architecture {source.architecture!r} of timm without classifier")
+        self._weights.remember()
 
         config = timm.data.resolve_data_config({}, pretrained_cfg={**model.pretrained_cfg, **source.pretrained})
         self.tile_px = int(config["input_size"][-1] if tile_px is None else tile_px)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import replacing
 from .._logging import logger
+from ..data.elements import shapes_kept
 from ..errors import DataTypeError, DataValueError, MissingKeyError
 from ._lazy import read_again
 
@@ -165,9 +166,10 @@ def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str
     staging = beside / uuid.uuid4().hex
     try:
         staging.mkdir(parents=True)
-        with warnings.catch_warnings():
+        alone = SpatialData.init_from_elements({name: sdata[name]})
+        with shapes_kept(alone), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The table is annotating")  # shapes that stay where they are
-            SpatialData.init_from_elements({name: sdata[name]}).write(staging / "store", consolidate_metadata=False)
+            alone.write(staging / "store", consolidate_metadata=False)
         new, place = staging / "store" / kind / name, store / kind / name
         _sync(new)
         consolidated = _drop_consolidated(store)

@@ -15,6 +15,7 @@ from ._select_genes import select_genes
 from ._set_scale import set_scale
 from ._spatial_graph import spatial_graph
 from ._superpixels import superpixels
+from ._use_features import use_features
 
 __all__ = [
     "densify",
@@ -30,4 +31,5 @@ __all__ = [
     "set_scale",
     "spatial_graph",
     "superpixels",
+    "use_features",
 ]

@@ -26,8 +26,15 @@ from ..data.tables import (
     table_role,
 )
 from ..data.transaction import restored_on_error
-from ..encoders import Encoder, TileEncoder, as_encoder, check_resolution, create, identifying
-from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryError, MissingKeyError, MissingWeightsError
+from ..encoders import Encoder, as_encoder, check_resolution, create, identifying
+from ..errors import (
+    AmbiguousKeyError,
+    DataTypeError,
+    DataValueError,
+    GeometryError,
+    MissingKeyError,
+    MissingWeightsError,
+)
 from ..image.fingerprint import fingerprint
 from ._free import check_elements_free, check_slot_free
 
@@ -37,7 +44,16 @@ if TYPE_CHECKING:
     from distributed import Client
     from spatialdata import SpatialData
 
-__all__ = ["Place", "embed", "embed_places", "new_table", "resolve_encoder", "resolve_places"]
+__all__ = [
+    "Place",
+    "check_batch_size",
+    "embed",
+    "embed_places",
+    "new_table",
+    "resolve_encoder",
+    "resolve_places",
+    "spot_radius",
+]
 
 # Side of a tile on superpixels, in cells: what is measured of a cell needs a few nuclei, its colour only itself.
 _CELLS_PER_TILE = {"morphology": 2.0, "rgb": 1.0}
@@ -142,8 +158,7 @@ def embed(
     >>> hx.pp.embed(sdata)  # doctest: +SKIP
     >>> hx.pp.embed(sdata, "timm:resnet50", weights="resnet50.safetensors", tile_um=112)  # doctest: +SKIP
     """
-    if batch_size not in (None, "auto") and not (isinstance(batch_size, Integral) and batch_size >= 1):
-        raise DataValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, or 'auto'")
+    check_batch_size(batch_size)
     check_client(client)
     table = _resolve_table(sdata, shapes_key, table_key)
     if tile_um is None and isinstance(encoder, str):
@@ -163,6 +178,12 @@ def embed(
         copy=copy,
         progress_bar=progress_bar,
     )
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raise unless it is a number of tiles, ``"auto"`` or ``None``."""
+    if batch_size not in (None, "auto") and not (isinstance(batch_size, Integral) and int(batch_size) >= 1):
+        raise DataValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, or 'auto'")
 
 
 def _tile_of_cells(sdata: SpatialData, table: AnnotatedTable, encoder: str) -> float | None:
@@ -370,11 +391,12 @@ def _compute(
 
 
 def _check_finite(encoder: Encoder, values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).any(axis=1).sum())
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        narrow = encoder.params().get("dtype") == "float16"
         raise DataValueError(
-            f"encoder {encoder.name!r} gave NaN or infinite features for {bad} of {len(values)} tiles"
-            + ("; float16 may be too narrow for it, take dtype='bfloat16'" if encoder.params().get("dtype") == "float16" else "")
+            f"encoder {encoder.name!r} gave NaN or infinite features for {int(bad.sum())} of {len(values)} tiles"
+            + ("; float16 may be too narrow for it, take dtype='bfloat16'" if narrow else "")
         )
 
 
@@ -404,12 +426,10 @@ class _Travelling:
         self.encoder = encoder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        weights = getattr(self.encoder, "_weights", None)
-        if weights is None or not isinstance(self.encoder, TileEncoder):
+        file = self.encoder.weights_file()
+        if file is None:
             return _Travelling, (self.encoder,)
-        network = self.encoder._network
-        is_compiled = network is not None and network.is_compiled
-        return _made_there, (self.encoder.params(), str(weights.path.absolute()), is_compiled)
+        return _made_there, (self.encoder.params(), str(file.absolute()), self.encoder.is_compiled)
 
 
 def _made_there(params: dict[str, Any], weights: str, is_compiled: bool) -> _Travelling:  # noqa: FBT001  pickle calls it so
@@ -452,7 +472,7 @@ def _check_free(sdata: SpatialData, table: AnnotatedTable, key: str, name: str) 
         check_elements_free(sdata, {name: "tables"}, key_added=name, maker="embed", is_ours=lambda _: False)
 
 
-def _spot_radius(sdata: SpatialData, places: list[Place]) -> float | None:
+def spot_radius(sdata: SpatialData, places: list[Place]) -> float | None:
     """Median over the regions, for laying tiles of the same size on other slides; points have none."""
     try:
         return float(np.median([shape_radius(sdata, place.shapes_key, place.slide) for place in places]))
@@ -484,7 +504,7 @@ def _write(
             tile_um=encoder.tile_um,
             images={sanitize(place.shapes_key): place.slide.key for place in places},
             slide_mpp=float(np.median([place.slide.mpp for place in places])),
-            spot_radius_um=_spot_radius(sdata, places),
+            spot_radius_um=spot_radius(sdata, places),
             identity=identity,
         )
         if table.key is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .._keys import Keys
 from .._logging import logger
+from .._tasks import check_client
 from ..data.geometry import shape_geometries
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table, row_positions, table_role
@@ -17,10 +18,11 @@ from ..encoders import Encoder, TileEncoder
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
 from ..segmentation._outline import FEATURES
 from ..segmentation._polygons import SHAPE_FEATURES, largest_pieces, measure_polygons
-from ._embed import Place, embed_places, new_table, resolve_encoder, resolve_places
+from ._embed import Place, check_batch_size, embed_places, new_table, resolve_encoder, resolve_places
 from ._free import check_slot_free
 
 if TYPE_CHECKING:
+    from distributed import Client
     from spatialdata import SpatialData
 
     from ..data.geometry import Slide
@@ -42,8 +44,9 @@ def embed_nuclei(
     tile_um: float | None = None,
     morphometrics: bool = True,
     masked: bool = False,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] | None = None,
     device: str | None = None,
+    client: Client | None = None,
     key_added: str | None = None,
     copy: bool = False,
     progress_bar: bool | None = None,
@@ -79,9 +82,11 @@ def embed_nuclei(
     masked
         Whether to make grey what lies outside the outline. For encoders that look at one tile at a time.
     batch_size
-        Tiles per forward pass; the setting by default.
+        Tiles per forward pass; the setting by default, ``"auto"`` as in :func:`hespotex.pp.embed`.
     device
         The setting by default.
+    client
+        A ``dask.distributed.Client``, as in :func:`hespotex.pp.embed`.
     key_added
         Key in ``obsm``; ``"X_<encoder>"`` by default, ``"X_<encoder>_masked"`` if `masked`.
     copy
@@ -119,8 +124,8 @@ def embed_nuclei(
     >>> sorted(sdata["nuclei_features"].obsm)
     ['X_morphology', 'X_morphometrics', 'spatial']
     """
-    if batch_size is not None and batch_size < 1:
-        raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
+    check_batch_size(batch_size)
+    check_client(client)
     _check_nuclei(sdata, shapes_key)
     if isinstance(encoder, str) and encoder.rpartition(":")[2] == "morphology" and tile_um is None:
         tile_um = MORPHOLOGY_UM
@@ -148,6 +153,7 @@ def embed_nuclei(
             encoder,
             batch_size=batch_size,
             device=device,
+            client=client,
             key_added=key_added,
             copy=copy,
             progress_bar=progress_bar,
@@ -227,6 +233,7 @@ class _Masked(TileEncoder):
                 f"at once. Take 'crops' or a network such as 'timm:resnet50', or leave it out"
             )
         self._encoder = encoder
+        self.info = encoder.info  # type: ignore[misc]  # of this encoder, not of a class of them
         self.name, self.n_features = f"{encoder.name}_masked", encoder.n_features
         self.tile_px, self.tile_um, self.mpp = encoder.tile_px, encoder.tile_um, encoder.mpp
         self._nuclei = {
@@ -236,6 +243,11 @@ class _Masked(TileEncoder):
             )
             for key in {place.slide.key for place in places}
         }
+
+    @property
+    def trained_mpp(self) -> tuple[float, ...]:
+        """Those of the encoder."""
+        return self._encoder.trained_mpp
 
     def params(self) -> dict[str, Any]:
         """Those of the encoder, and that tiles were masked."""

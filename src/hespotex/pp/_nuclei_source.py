@@ -17,8 +17,7 @@ from ..data.provenance import digest
 from ..errors import DataTypeError, DataValueError, GeometryError, MissingKeyError, ScaleError
 from ..image.fingerprint import fingerprint
 from ..image.stream import Block
-from ..segmentation._appearance import estimate_appearance
-from ..segmentation._sample import sample_tissue
+from ..segmentation._appearance import estimate_appearance, sample_tissue
 from ..segmentation._tiled import BLOCK_PX, Backend
 from ..segmentation.cellpose import CellposeSegmenter
 from ..segmentation.existing import check_outlines
@@ -36,6 +35,7 @@ WORKING_MPP = 0.5  # finer pixels cost time and find no more nuclei
 MIN_DIAMETER_PX = 5.0  # fewer pixels across, and neighbours blur into one
 CALLABLE_HALO_DIAMETERS = 8.0
 LABELS_HALO_DIAMETERS = 8.0
+LABELS_OFF_PX = 2.0  # levels of a pyramid that drop an odd row differ by one
 METHODS = ("watershed", "cellpose", "instanseg")
 LAZYSLIDE = "lazyslide:"
 SAMPLES = 8  # along each side: where the slide is looked at for its identity
@@ -91,12 +91,13 @@ class Source:
         """Arguments that do the same on another slide; none for nuclei that are there and for functions."""
         return {"method": self.name} if self.name in METHODS or self.name.startswith(LAZYSLIDE) else {}
 
-    def identity(self, slide: Slide) -> str:
+    def identity(self, slide: Slide, simplify_um: float) -> str:
         """Digest of all that determines the regions found in a run of blocks."""
         height, width = slide.shape
         y, x = np.meshgrid(*((np.arange(SAMPLES) + 0.5) / SAMPLES * size for size in (height, width)), indexing="ij")
         looks = fingerprint(slide, np.column_stack([x.ravel(), y.ravel()]))
-        return digest([__version__, looks, slide.mpp, self.mpp, self.halo_px, self.block_px, repr(self.described)])
+        reading = [slide.mpp, self.mpp, self.halo_px, self.block_px, simplify_um]
+        return digest([__version__, looks, *reading, repr(self.described)])
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,10 @@ def _label_image(sdata: SpatialData, slide: Slide, key: str) -> Any:
     matrix = pixel_maps(sdata, slide.key).get(("labels", key))
     if matrix is None:
         raise GeometryError(f"labels {key!r} share no coordinate system with image {slide.key!r}")
-    corners = np.array([[0, 0], labels.shape[::-1]]) @ matrix[:2, :2].T + matrix[:2, 2]
-    if np.abs(corners - [[0, 0], slide.shape[::-1]]).max() > 0.01 * max(slide.shape):
+    square = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    corners = square * labels.shape[::-1] @ matrix[:2, :2].T + matrix[:2, 2]
+    pixel = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    if np.abs(corners - square * slide.shape[::-1]).max() > LABELS_OFF_PX * max(pixel, 1):
         raise GeometryError(
             f"labels {key!r} do not cover image {slide.key!r}: their corners lie at {corners.round().tolist()} px of it; "
             f"rasterise them on the image first"

@@ -21,6 +21,7 @@ from ..errors import DataValueError
 from ..image.stream import WorkingGrid, working_grid
 from ..segmentation._kept import KeptRuns
 from ..segmentation._nuclei import Nuclei
+from ..segmentation._outline import SIMPLIFY_UM
 from ..segmentation._raster import label_dtype, rasterise
 from ..segmentation._store import Names, NucleiStore, feature_table, label_element, outline_shapes
 from ..segmentation._tiled import iter_nuclei
@@ -50,6 +51,7 @@ def segment_nuclei(
     table_key: str | None = None,
     diameter_um: float = DIAMETER_UM,
     mpp: float | None = None,
+    simplify_um: float = SIMPLIFY_UM,
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     n_jobs: int | None = None,
@@ -62,9 +64,10 @@ def segment_nuclei(
 ) -> GeoDataFrame | None:
     """Outline all nuclei of a slide, describe them, and count them per spot.
 
-    The slide is worked on in overlapping blocks; no nucleus is cut or found twice at a seam, and the result does not
-    depend on the blocks. Work that is interrupted after more than ten seconds goes on where it stopped when the same
-    call is made again, except with functions and with nuclei that are there already.
+    The slide is worked on in overlapping blocks; no nucleus is cut, lost or found twice at a seam, and with ``"watershed"``
+    and nuclei that are there already the result does not depend on the blocks. Work that is interrupted after more than ten
+    seconds goes on where it stopped when the same call is made again, except with functions and with nuclei that are there
+    already.
 
     Parameters
     ----------
@@ -98,6 +101,9 @@ def segment_nuclei(
     mpp
         Working resolution in µm per pixel; by default 0.5, or the image's own if that is coarser. Label images keep
         theirs.
+    simplify_um
+        Tolerance in µm within which outlines are simplified, at most half a pixel; 0 keeps every step. Measures are of
+        full outlines, and polygons that are there already stay as they are.
     model
         Path of the weights of a network. By default those of Cellpose where Cellpose keeps them, of which nothing is
         downloaded, and those of lazyslide-models in the cache of the hub, or from there.
@@ -106,7 +112,8 @@ def segment_nuclei(
     n_jobs
         Threads; the setting by default. One for networks and for functions.
     client
-        ``dask.distributed.Client`` of a cluster to work on, whose workers can read the image; the result is the same.
+        ``dask.distributed.Client`` of a cluster to work on, whose workers can read the image; the result is the same. A
+        function is called in all threads of a worker.
         Nuclei that are there already are taken in this process.
     raster
         Whether to write the label image, too. Without it, nuclei in the patch window are not counted.
@@ -178,6 +185,8 @@ def segment_nuclei(
         raise DataValueError(f"diameter_um={diameter_um!r} must be a positive number of µm")
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise DataValueError(f"mpp={mpp!r} must be a positive number of µm per pixel")
+    if not (np.isfinite(simplify_um) and simplify_um >= 0):
+        raise DataValueError(f"simplify_um={simplify_um!r} must be a number of µm, 0 for full outlines")
     if n_jobs is not None and n_jobs < 1:
         raise DataValueError(f"n_jobs={n_jobs!r} must be at least 1")
     check_client(client)
@@ -197,7 +206,7 @@ def segment_nuclei(
     grid = working_grid(slide, source.mpp)
     note = {
         "created_by": "hespotex.pp.segment_nuclei",
-        "params": {**source.params, "diameter_um": diameter_um} if source.params else {},
+        "params": {**source.params, "diameter_um": diameter_um, "simplify_um": simplify_um} if source.params else {},
         "method": source.name,
         "image": slide.key,
         "mpp": grid.mpp,
@@ -208,8 +217,10 @@ def segment_nuclei(
         f"of focus, or diameter_um={diameter_um:g} does not fit. Look at it, or go on without nuclei"
     )
     with ExitStack() as stack:
-        kept = None if source.described is None else stack.enter_context(KeptRuns(lambda: source.identity(slide)))
-        found = _found(slide, source, n_jobs, client, kept, progress_bar=progress_bar)
+        kept = KeptRuns(lambda: source.identity(slide, simplify_um)) if source.described is not None else None
+        if kept is not None:
+            stack.enter_context(kept)
+        found = _found(slide, source, simplify_um, n_jobs, client, kept, progress_bar=progress_bar)
         if target is not None:
             labels = _label_type(source) if raster else None
             _to_disk(
@@ -234,7 +245,9 @@ def segment_nuclei(
         if image is not None:
             import dask.array as da
 
-            elements[names.labels] = label_element(da.from_zarr(image), grid, image_transformations(sdata, slide.key))
+            # not da.from_zarr, by whose name SpatialData takes an array for files, and cannot overwrite a store
+            labels = da.from_array(image, chunks=image.chunks, name=False)
+            elements[names.labels] = label_element(labels, grid, image_transformations(sdata, slide.key))
         if counts is not None:
             counts.add(nuclei)
         _write(sdata, names, elements, spots, {} if counts is None else counts.columns(grid, image), note)
@@ -251,6 +264,7 @@ def _check_free(sdata: SpatialData, names: Names) -> None:
 def _found(
     slide: Slide,
     source: Source,
+    simplify_um: float,
     n_jobs: int | None,
     client: Client | None,
     kept: KeptRuns | None,
@@ -277,6 +291,7 @@ def _found(
         n_jobs=1 if source.one_thread else n_jobs,
         client=None if source.keep_names else client,
         keep_names=source.keep_names,
+        simplify_um=simplify_um,
         kept=kept,
         progress_bar=progress_bar,
     )
@@ -301,7 +316,7 @@ def _label_type(source: Source) -> np.dtype:
     """Type of a label image whose highest number is not known before it is written."""
     if source.outlines is not None and source.outlines.ids.dtype.kind in "iu":
         return label_dtype(int(source.outlines.ids.max()))
-    return np.dtype(np.int64 if source.dtype is not None and source.dtype.itemsize > 4 else np.int32)
+    return np.dtype(np.int32 if source.dtype is None or np.can_cast(source.dtype, np.int32) else np.int64)
 
 
 def _to_disk(

@@ -1,12 +1,18 @@
-"""The component tree of a quantised image, built from the highest level down in one sweep over its pixels."""
+"""The most nucleus-like regions in the component tree of an image.
+
+Thresholds from low to high cut an image into nested regions: clumps fall apart into nuclei, then nuclei into
+chromatin. No single threshold suits all nuclei, but each nucleus is a good ellipse of the right size at some of
+them. So every region gets a score, and of each region and the best choice among its parts the better one is kept.
+The tree is built from the highest level down in one sweep over the pixels.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ._jit import jit
+from ._jit import find_root, jit
 
-__all__ = ["choose_regions", "likeness", "region_sums"]
+__all__ = ["choose_regions", "region_sums", "score_regions"]
 
 # Columns of the sums kept for each region: whole numbers, so that they do not depend on the order of pixels.
 AREA, X, Y, XX, YY, XY, LEFT, TOP, RIGHT, BOTTOM = range(10)
@@ -51,7 +57,7 @@ def region_sums(labels, count):
 
 
 @jit
-def likeness(sums, expected_area, max_extent, min_area, max_area, spread, min_roundness, sharpness):
+def _likeness(sums, expected_area, max_extent, min_area, max_area, spread, min_roundness, sharpness):
     """How much a region looks like a nucleus, 0 to 1, by its sums; see ``TreeOptions``.
 
     Variances are differences of whole numbers: the same wherever in a block the region lies.
@@ -72,12 +78,14 @@ def likeness(sums, expected_area, max_extent, min_area, max_area, spread, min_ro
     return fit * np.exp(-spread * beyond * beyond)
 
 
-@jit
-def _root(parents, item):
-    while parents[item] != item:
-        parents[item] = parents[parents[item]]
-        item = parents[item]
-    return item
+def score_regions(labels: np.ndarray, count: int, shape: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Area of each region 1…`count` and how much it looks like a nucleus (0 to 1), (count + 1,) each; 0 of background.
+
+    `shape` is that of :func:`choose_regions`.
+    """
+    sums = region_sums(labels, count)
+    scores = [0.0] + [_likeness(row, *shape) if row[0] else 0.0 for row in sums[1:]]
+    return sums[:, 0].astype(np.float64), np.array(scores)
 
 
 @jit
@@ -111,7 +119,7 @@ def choose_regions(levels, highest, shape):
     highest
         The highest level.
     shape
-        The arguments of :func:`likeness` but the first.
+        What counts as a nucleus: the arguments of :func:`_likeness` but the first.
 
     Returns
     -------
@@ -157,7 +165,7 @@ def choose_regions(levels, highest, shape):
                     other = pixel + width
                 if basin[other] < 0:
                     continue
-                found = _root(roots, basin[other])
+                found = find_root(roots, basin[other])
                 if own < 0:
                     own = found
                 elif found != own:
@@ -188,7 +196,7 @@ def choose_regions(levels, highest, shape):
             _add_pixel(sums[own], y, x)
         for at in range(first[level], last[level]):
             pixel = pixels[at]
-            own = _root(roots, basin[pixel])
+            own = find_root(roots, basin[pixel])
             if node[own] < 0:
                 made = nodes
                 nodes += 1
@@ -199,7 +207,7 @@ def choose_regions(levels, highest, shape):
                     part = sibling[part]
                 open_nodes[own] = made
                 parts = merit[own] / weight[own] if weight[own] > 0 else 0.0
-                score = likeness(sums[own], *shape)
+                score = _likeness(sums[own], *shape)
                 wanted[made] = score > 0 and score >= parts
                 best = score if wanted[made] else parts
                 weight[own] = float(sums[own, AREA]) if best > 0 else 0.0

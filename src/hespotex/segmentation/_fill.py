@@ -22,12 +22,14 @@ def edges_of(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sides, np.searchsorted(owner, np.arange(len(polygons) + 1))
 
 
-def pixel_boxes(polygons: np.ndarray) -> np.ndarray:
-    """Bounding boxes (y0, x0, y1, x1) in whole pixels, (n, 4) int64."""
+def pixel_boxes(polygons: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bounding boxes (y0, x0, y1, x1) in whole pixels of an image (h, w), at least one of them, (n, 4) int64."""
     import shapely
 
     bounds = shapely.bounds(polygons)
-    return np.column_stack([np.floor(bounds[:, 1::-1]), np.ceil(bounds[:, :1:-1])]).astype(np.int64)
+    low = np.floor(bounds[:, 1::-1]).clip(0, np.array(shape) - 1)
+    high = np.maximum(np.ceil(bounds[:, :1:-1]).clip(0, shape), low + 1)
+    return np.column_stack([low, high]).astype(np.int64)
 
 
 @jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import jit
+from ._jit import jit, longer
 
 __all__ = ["grow_regions"]
 
@@ -51,7 +51,7 @@ def grow_regions(image, labels, count, lowest, highest, share, reach):
         if names[pixel] and _has_free_side(pixel, names, flat, lowest, height, width):
             if used == room:
                 room *= 2
-                pixels = _longer(pixels, room)
+                pixels = longer(pixels, room)
             pixels[used] = pixel
             slot[pixel] = used
             used += 1
@@ -66,7 +66,7 @@ def grow_regions(image, labels, count, lowest, highest, share, reach):
                     continue
                 if used == room:
                     room *= 2
-                    pixels = _longer(pixels, room)
+                    pixels = longer(pixels, room)
                 pixels[used] = other
                 slot[other] = used
                 used += 1
@@ -123,10 +123,3 @@ def _append(step, item, head, tail, following):
     else:
         following[tail[step]] = item
     tail[step] = item
-
-
-@jit
-def _longer(items, room):
-    out = np.empty(room, items.dtype)
-    out[: len(items)] = items
-    return out

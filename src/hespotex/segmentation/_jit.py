@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 
-__all__ = ["jit"]
+__all__ = ["jit", "longer", "find_root"]
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,3 +20,20 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written: it is compiled in each process
         return numba.njit(nogil=True)(function)
+
+
+@jit
+def find_root(parents, item):
+    """The item that stands for all that are joined with `item`; the way there gets shorter."""
+    while parents[item] != item:
+        parents[item] = parents[parents[item]]
+        item = parents[item]
+    return item
+
+
+@jit
+def longer(items, room):
+    """`items` with room for more, `room` in all."""
+    out = np.empty(room, items.dtype)
+    out[: len(items)] = items
+    return out

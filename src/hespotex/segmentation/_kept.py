@@ -17,6 +17,7 @@ from .._files import replacing
 from .._logging import logger
 from .._settings import settings
 from ..errors import HespotexWarning
+from ._merge import Found
 from ._packed import PackedRegions
 
 __all__ = ["KeptRuns"]
@@ -45,27 +46,27 @@ class KeptRuns:
         self._stays = settings.work_dir is not None
         self._root = (settings.work_dir or settings.cache_dir) / "nuclei"
         self._folder: Path | None = None
-        self._fresh: dict[int, tuple[PackedRegions, int]] = {}
+        self._fresh: dict[int, Found] = {}
         self._began = time.monotonic()
         self._count = 0
         self._failed = False
         if self._root.is_dir() and any(self._root.iterdir()):
             self._folder = self._root / identity()
 
-    def load(self, run: int) -> tuple[PackedRegions, int] | None:
-        """Regions of a run and how many of them were cut; ``None`` if they are not there, or damaged."""
+    def load(self, run: int) -> Found | None:
+        """What a run found; ``None`` if it is not there, or damaged."""
         if self._folder is None:
             return None
         path = self._path(run)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                found = PackedRegions.from_arrays(stored), int(stored["cut"])
+                found = Found(PackedRegions.from_arrays(stored), stored["spare"], int(stored["cut"]))
         except FileNotFoundError:
             return None
         except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
             logger.info("ignoring a damaged part of an earlier run: %s", error)
             return None
-        return found
+        return found if len(found.spare) == len(found.regions) else None
 
     def holds(self, run: int) -> bool:
         """Whether a run is kept, and whole."""
@@ -73,20 +74,20 @@ class KeptRuns:
         self._count += whole
         return whole
 
-    def save(self, run: int, regions: PackedRegions, cut: int) -> None:
+    def save(self, run: int, found: Found) -> None:
         """Keep the result of a run; in memory for the first seconds."""
         if self._failed:
             return
-        self._fresh[run] = regions, cut
+        self._fresh[run] = found
         if time.monotonic() - self._began < KEEP_AFTER_S:
             return
         if self._folder is None:
             self._folder = self._root / self._identity()
         try:
             while self._fresh:
-                number, (regions, cut) = next(iter(self._fresh.items()))
+                number, found = next(iter(self._fresh.items()))
                 with replacing(self._path(number)) as part, part.open("wb") as file:
-                    np.savez(file, cut=cut, **regions.arrays())  # type: ignore[arg-type]
+                    np.savez(file, cut=found.cut, spare=found.spare, **found.regions.arrays())  # type: ignore[arg-type]
                 del self._fresh[number]
                 self._count += 1
         except OSError as error:  # a full disk must not end work that does not need it
@@ -99,6 +100,12 @@ class KeptRuns:
                 stacklevel=self._stacklevel + 2,
             )
 
+    def forget(self) -> None:
+        """Delete what is kept: it is of no more use."""
+        self._count = 0
+        if self._folder is not None and not self._stays:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def __enter__(self) -> Self:
         return self
 
@@ -106,8 +113,7 @@ class KeptRuns:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            if self._folder is not None and not self._stays:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            self.forget()
         elif self._count:
             warnings.warn(
                 f"interrupted; {self._count} finished parts of the slide are kept, and the same call goes on there",

@@ -1,19 +1,50 @@
-"""Regions of blocks as one list along rows of the slide, without those that two blocks both found."""
+"""Regions of blocks as one list along rows of the slide: those that two blocks both found once, none left out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ._packed import PackedRegions
 
-__all__ = ["Merger"]
+__all__ = ["Found", "Merger"]
+
+
+class Found(NamedTuple):
+    """What one block or several hold.
+
+    Attributes
+    ----------
+    regions
+        Regions whose centroid lies in the core of the block, or shortly beyond it.
+    spare
+        Which of them lie beyond it, (n,) bool. They are the neighbour's, and of use only if it sees them elsewhere.
+    cut
+        How many of the others the surroundings of their block cut.
+    """
+
+    regions: PackedRegions
+    spare: np.ndarray
+    cut: int
+
+    @classmethod
+    def join(cls, parts: Sequence[Found]) -> Found:
+        """All of `parts`, one after the other."""
+        regions = PackedRegions.concatenate([part.regions for part in parts])
+        spare = np.concatenate([np.empty(0, dtype=bool), *(part.spare for part in parts)])
+        return cls(regions, spare, sum(part.cut for part in parts))
 
 
 class Merger:
     """Puts the regions of one row of blocks after the other into an order that does not depend on blocks.
 
-    That order is along rows of pixels. As each row of blocks only holds regions whose centroid lies in it, rows can be
-    merged one by one: memory holds one of them, and of those before the outlines that reach into it.
+    That order is along rows of pixels. As each row of blocks holds regions whose centroid lies in it, rows can be merged
+    one by one: memory holds one of them, and of those before the regions that reach into it.
+
+    A nucleus on a seam may look different from both sides. Where both blocks find it in their core, the first is taken;
+    where each finds it in the core of the other, the spare region of one of them.
 
     Parameters
     ----------
@@ -28,20 +59,26 @@ class Merger:
     def __init__(self, block_px: int, halo_px: int, *, by_name: bool) -> None:
         self._block_px, self._halo_px, self._by_name = block_px, halo_px, by_name
         self._seen = np.empty(0, dtype=np.int64)
-        self._polygons = np.empty(0, dtype=object)
-        self._bottoms = np.empty(0, dtype=np.int64)
+        self._above = PackedRegions.empty()  # those of earlier rows that may lie where a later one finds some
+        self._waiting = PackedRegions.empty()  # spare ones that belong to the next row
 
-    def add(self, row: int, parts: list[PackedRegions]) -> PackedRegions:
+    def add(self, row: int, parts: list[Found]) -> PackedRegions:
         """The regions of all blocks of a row, ordered, without those that an earlier one shows already.
 
         `parts` is empty afterwards, so that they need not be held twice.
         """
-        regions = PackedRegions.concatenate(parts)
+        waiting = Found(self._waiting, np.ones(len(self._waiting), dtype=bool), 0)
+        regions, spare, _ = Found.join([waiting, *parts])
         parts.clear()
         y, x = np.floor(regions.centroids[:, 1]), regions.centroids[:, 0]
-        regions = regions.take(np.lexsort((x, y)))
-        kept = self._new_names(regions) if self._by_name else self._new_places(regions, row)
-        return regions if len(kept) == len(regions) else regions.take(kept)
+        later = y // self._block_px > row
+        self._waiting = regions.take(np.flatnonzero(later))
+        now = np.flatnonzero(~later)
+        order = now[np.lexsort((x[now], y[now], spare[now]))]
+        regions, spare = regions.take(order), spare[order]
+        kept = self._new_names(regions) if self._by_name else self._new_places(regions, spare, row)
+        y, x = np.floor(regions.centroids[kept, 1]), regions.centroids[kept, 0]
+        return regions.take(kept[np.lexsort((x, y))])
 
     def _new_names(self, regions: PackedRegions) -> np.ndarray:
         first = np.sort(np.unique(regions.names, return_index=True)[1])
@@ -49,26 +86,35 @@ class Merger:
         self._seen = np.union1d(self._seen, regions.names[new])
         return new
 
-    def _new_places(self, regions: PackedRegions, row: int) -> np.ndarray:
-        from shapely import STRtree, intersection
-        from shapely import area as area_of
+    def _new_places(self, regions: PackedRegions, spare: np.ndarray, row: int) -> np.ndarray:
+        """Those that none before them shows already, which is why the spare ones are the last."""
+        before = len(self._above)
+        regions = PackedRegions.concatenate([self._above, regions])
+        # Blocks by their place, spare regions each by itself: within a block, regions do not overlap.
+        column = (regions.centroids[:, 0] // self._block_px).astype(np.int64)
+        block = np.where(np.concatenate([np.ones(before, dtype=bool), spare]), -1 - np.arange(len(regions)), column)
+        dropped = np.zeros(len(regions), dtype=bool)
+        for one, other in _doubles(regions, block):
+            if other >= before and not dropped[one]:
+                dropped[other] = True
+        kept = np.flatnonzero(~dropped)
+        reach = (row + 1) * self._block_px - self._halo_px  # nothing of later rows lies above
+        self._above = regions.take(kept[regions.boxes[kept, 2] > reach])
+        return kept[kept >= before] - before
 
-        size = self._block_px
-        reach = row * size - self._halo_px  # nothing of this row or of later ones lies above
-        near = self._bottoms > reach
-        self._polygons, self._bottoms = self._polygons[near], self._bottoms[near]
-        # Only at seams can blocks disagree.
-        boxes = regions.boxes
-        first, last = boxes[:, :2] // size, (boxes[:, 2:] - 1) // size
-        seam = np.flatnonzero((first != last).any(axis=1) | (boxes % size == 0).any(axis=1))
-        before = len(self._polygons)
-        polygons = np.concatenate([self._polygons, regions.polygons(seam)])
-        one, other = STRtree(polygons).query(polygons, predicate="intersects")
-        pairs = (one < other) & (other >= before)
-        one, other = one[pairs], other[pairs]
-        shared = area_of(intersection(polygons[one], polygons[other]))
-        smaller = np.minimum(area_of(polygons[one]), area_of(polygons[other]))
-        doubles = seam[other[shared > smaller / 2] - before]
-        self._polygons = polygons
-        self._bottoms = np.concatenate([self._bottoms, boxes[seam, 2]])
-        return np.setdiff1d(np.arange(len(regions)), doubles)
+
+def _doubles(regions: PackedRegions, block: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of different blocks that share more than half of the smaller, by rising second; the first is before it."""
+    from shapely import STRtree, area, box, intersection
+
+    rectangles = box(*regions.boxes[:, [1, 0, 3, 2]].T)
+    one, other = STRtree(rectangles).query(rectangles, predicate="intersects")
+    pairs = (one < other) & (block[one] != block[other])
+    one, other = one[pairs], other[pairs]
+    some, place = np.unique(np.concatenate([one, other]), return_inverse=True)
+    polygons = regions.polygons(some)
+    first, second = polygons[place[: len(one)]], polygons[place[len(one) :]]
+    smaller = np.minimum(area(first), area(second))
+    same = np.flatnonzero(area(intersection(first, second)) > smaller / 2)
+    same = same[np.argsort(other[same], kind="stable")]
+    return list(zip(one[same].tolist(), other[same].tolist(), strict=True))

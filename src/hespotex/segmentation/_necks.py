@@ -1,16 +1,45 @@
-"""Necks of a region: where it is narrower than on both sides."""
+"""Parting of nuclei that touch at their neck: where the region is narrower than on both sides."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ._jit import jit
+from ._components import region_sums
+from ._jit import find_root, jit, longer
 
-__all__ = ["part_at_necks"]
+__all__ = ["split_necks"]
+
+
+def split_necks(
+    labels: np.ndarray, diameter_px: float, *, depth: float, min_area: float, split_area: float
+) -> np.ndarray:
+    """Part regions at necks, each region by itself.
+
+    Parameters
+    ----------
+    labels
+        (h, w) int32, 0 is background; changed in place.
+    diameter_px
+        Diameter of a typical nucleus.
+    depth
+        How much narrower than both its sides a neck must be, as a share of the diameter (of half the width each).
+    min_area
+        Smallest part, and
+    split_area
+        smallest region that is looked at, as shares of the area of a typical nucleus.
+
+    Returns
+    -------
+    `labels`, new regions numbered from the highest label on.
+    """
+    expected = np.pi / 4 * diameter_px**2
+    sums = region_sums(labels, int(labels.max(initial=0)))
+    _part_at_necks(labels, sums, depth * diameter_px, min_area * expected, split_area * expected)
+    return labels
 
 
 @jit
-def part_at_necks(labels, sums, depth, min_area, split_area):
+def _part_at_necks(labels, sums, depth, min_area, split_area):
     """Part each region at its necks; the parts but the first get new labels.
 
     From the inside outwards, pixels join the nearest maximum of the distance to the outline. Where two maxima meet, the
@@ -62,7 +91,7 @@ def _part(window, name, area, depth, min_area, highest):
             v, u = y + (side == 3) - (side == 0), x + (side == 2) - (side == 1)
             if v < 0 or u < 0 or v >= height or u >= width or basin[v, u] < 0:
                 continue
-            found = _root(roots, basin[v, u])
+            found = find_root(roots, basin[v, u])
             if own < 0:
                 own, own_squared = found, squared[v, u]
                 continue
@@ -76,7 +105,7 @@ def _part(window, name, area, depth, min_area, highest):
                 continue
             if necks == room:
                 room *= 2
-                one, other, half = _longer(one, room), _longer(other, room), _longer_float(half, room)
+                one, other, half = longer(one, room), longer(other, room), longer(half, room)
             one[necks], other[necks], half[necks] = own, found, here
             necks += 1
             if squared[v, u] > own_squared:
@@ -91,16 +120,16 @@ def _part(window, name, area, depth, min_area, highest):
     size = np.zeros(basins, np.int64)
     for at in range(area):
         y, x = pixels[at] // width, pixels[at] % width
-        size[_root(roots, basin[y, x])] += 1
+        size[find_root(roots, basin[y, x])] += 1
     while _join_smallest(roots, size, one[:necks], other[:necks], half[:necks], min_area):
         pass
     new = np.zeros(basins, np.int32)
-    first = _root(roots, basin[pixels[0] // width, pixels[0] % width])
+    first = find_root(roots, basin[pixels[0] // width, pixels[0] % width])
     new[first] = name
     for y in range(height):
         for x in range(width):
             if window[y, x] == name and basin[y, x] >= 0:
-                root = _root(roots, basin[y, x])
+                root = find_root(roots, basin[y, x])
                 if new[root] == 0:
                     highest += 1
                     new[root] = highest
@@ -113,7 +142,7 @@ def _join_smallest(roots, size, one, other, half, min_area):
     """Join the smallest basin that is too small with the neighbour behind its widest neck; whether there was one."""
     smallest, least, widest, target = -1, min_area, -1.0, -1
     for neck in range(len(one)):
-        a, b = _root(roots, one[neck]), _root(roots, other[neck])
+        a, b = find_root(roots, one[neck]), find_root(roots, other[neck])
         if a == b:
             continue
         for low, high in ((a, b), (b, a)):
@@ -171,25 +200,3 @@ def _from_inside(squared, area):
             pixels[following[value]] = pixel
             following[value] += 1
     return pixels
-
-
-@jit
-def _root(parents, item):
-    while parents[item] != item:
-        parents[item] = parents[parents[item]]
-        item = parents[item]
-    return item
-
-
-@jit
-def _longer(items, room):
-    out = np.empty(room, np.int32)
-    out[: len(items)] = items
-    return out
-
-
-@jit
-def _longer_float(items, room):
-    out = np.empty(room)
-    out[: len(items)] = items
-    return out

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
+from .._files import publish, staged
 from .._keys import Keys
 from ..data.blockwise import check_target
 from ..data.provenance import record
@@ -141,6 +141,7 @@ class NucleiStore:
         check_target(path)
         self.path, self._names, self._grid = Path(path), names, grid
         self._transformations, self._labels, self._note = transformations, labels, note
+        self._work = ExitStack()
         self._staging: Path | None = None
         self._outlines: Any = None
         self._group: zarr.Group | None = None
@@ -154,8 +155,7 @@ class NucleiStore:
 
     def __enter__(self) -> Self:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+            self._staging = self._work.enter_context(staged(self.path))
         except OSError as error:
             raise self._unwritable(error) from error
         return self
@@ -186,12 +186,13 @@ class NucleiStore:
                     # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
                     warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
                     zarr.consolidate_metadata(self._staging / "store")
-                (self._staging / "store").rename(self.path)
+                check_target(self.path)  # by now somebody else may have written there
+                publish(self._staging / "store", self.path)
         except OSError as problem:
             if kind is None:
                 raise self._unwritable(problem) from problem
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._work.close()
 
     def _append(self, nuclei: Nuclei) -> None:
         shapes = outline_shapes(nuclei, self._transformations)

@@ -1,8 +1,9 @@
 """Segment a slide block by block as if it were one image.
 
 A block is read with its surroundings; of what is found, it keeps the nuclei whose centroid lies in its core, whole,
-also where they reach beyond it. So nothing is cut at a seam, and nothing is found twice unless the backend sees the
-same nucleus differently from two sides; such pairs are recognised by their overlap.
+also where they reach beyond it. So nothing is cut at a seam, and nothing is found twice or not at all unless the backend
+sees the same nucleus differently from two sides. Those are recognised by their overlap, and a block keeps what it finds
+shortly beyond its core in case that the neighbour finds nothing there.
 
 Blocks are worked on in runs, which are what travels to a cluster and what is kept in case of an interruption. Runs end
 with a row of blocks, and a row is merged as soon as it is there: nothing grows with the slide but the result.
@@ -11,8 +12,8 @@ with a row of blocks, and a row is merged as soon as it is there: nothing grows 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +21,9 @@ from .._settings import settings
 from .._tasks import iter_tasks
 from ..errors import DataTypeError, DataValueError, HespotexWarning
 from ..image.stream import Block, block_corners, iter_blocks, working_grid
-from ._merge import Merger
+from ._merge import Found, Merger
 from ._nuclei import Nuclei
-from ._outline import measure_regions
+from ._outline import SIMPLIFY_UM, measure_regions
 from ._packed import PackedRegions
 from .labels import check_numbers
 
@@ -36,10 +37,10 @@ __all__ = ["BLOCK_PX", "Backend", "iter_nuclei", "segment_slide"]
 
 BLOCK_PX = 1024
 _RUN_BLOCKS = 8  # some seconds of one thread
+_SPARE = 8  # a part of the surroundings: centroids seen from two sides lie closer together than that
 
 #: A function of a block that returns its label image, the surroundings included.
 Backend = Callable[[Block], np.ndarray]
-_Part = tuple[PackedRegions, int]  # and how many of them the window cuts
 
 
 def segment_slide(
@@ -80,6 +81,7 @@ def iter_nuclei(
     n_jobs: int | None = None,
     client: Client | None = None,
     keep_names: bool = False,
+    simplify_um: float = SIMPLIFY_UM,
     kept: KeptRuns | None = None,
     progress_bar: bool | None = None,
 ) -> Iterator[Nuclei]:
@@ -103,6 +105,8 @@ def iter_nuclei(
         A dask cluster to work on: there each run of blocks reads its own pixels. The result is the same.
     keep_names
         Whether labels mean the same in all blocks: they become the ids. Else ids are 1…n, along rows.
+    simplify_um
+        See :func:`~hespotex.segmentation._outline.measure_regions`.
     kept
         Results of an interrupted run, and where to keep those of this one.
     progress_bar
@@ -117,24 +121,27 @@ def iter_nuclei(
     grid = working_grid(slide, mpp)
     runs = _runs(block_corners(grid, block_px))
     reading = {"mpp": mpp, "block_px": block_px, "halo_px": halo_px}
+    measuring = {"backend": backend, "spare_px": 0 if keep_names else halo_px // _SPARE, "simplify_um": simplify_um}
     merger = Merger(block_px, halo_px, by_name=keep_names)
     results = _results(
-        slide, backend, runs, reading, n_jobs or settings.n_jobs, client, kept, progress_bar=progress_bar
+        slide, runs, reading, measuring, n_jobs or settings.n_jobs, client, kept, progress_bar=progress_bar
     )
     found = cut = 0
-    parts: list[PackedRegions] = []
-    for number, (run, (regions, n_cut)) in enumerate(zip(runs, results, strict=True)):
-        parts.append(regions)
-        cut += n_cut
+    parts: list[Found] = []
+    for number, (run, part) in enumerate(zip(runs, results, strict=True)):
+        parts.append(part)
+        cut += part.cut
         if number + 1 < len(runs) and runs[number + 1][0, 0] == run[0, 0]:
             continue  # the row of blocks goes on
-        del regions
+        del part
         merged = merger.add(int(run[0, 0]) // block_px, parts)
         if len(merged):
             ids = merged.names if keep_names else np.arange(found + 1, found + len(merged) + 1)
             found += len(merged)
             yield Nuclei(ids=ids, regions=merged, grid=grid)
         del merged  # a row of a wide slide is tens of MB
+    if not found and kept is not None:
+        kept.forget()  # what follows is an error, but nothing was interrupted
     if cut:
         warnings.warn(
             f"{cut} nuclei reach further than {halo_px} px ({halo_px * grid.mpp:.0f} µm) from their block and were cut; "
@@ -152,24 +159,24 @@ def _runs(corners: np.ndarray) -> list[np.ndarray]:
 
 def _results(
     slide: Slide,
-    backend: Backend,
     runs: list[np.ndarray],
     reading: dict[str, float],
+    measuring: dict[str, Any],
     n_jobs: int,
     client: Client | None,
     kept: KeptRuns | None,
     *,
     progress_bar: bool | None,
-) -> Iterator[_Part]:
+) -> Iterator[Found]:
     """Regions of each run, in order: those kept, and those computed now."""
     from tqdm.auto import tqdm
 
     held = [kept is not None and kept.holds(number) for number in range(len(runs))]
     missing = [run for run, there in zip(runs, held, strict=True) if not there]
     if client is None:
-        computed = _computed_here(slide, backend, missing, reading, n_jobs)
+        computed = _computed_here(slide, missing, reading, measuring, n_jobs)
     else:
-        shared = {"slide": slide, "backend": backend, "reading": reading}
+        shared = {"slide": slide, "reading": reading, "measuring": measuring}
         computed = iter_tasks(_segment_run, missing, shared=shared, client=client)
     show = settings.progress_bar if progress_bar is None else progress_bar
     total = sum(map(len, runs))
@@ -177,23 +184,23 @@ def _results(
         for number, run in enumerate(runs):
             part = kept.load(number) if kept is not None and held[number] else None
             if part is None and held[number]:  # somebody deleted it since
-                part = _segment_run(run, slide=slide, backend=backend, reading=reading)
+                part = _segment_run(run, slide=slide, reading=reading, measuring=measuring)
             elif part is None:
                 part = next(computed)
                 if kept is not None:
-                    kept.save(number, *part)
+                    kept.save(number, part)
             yield part
             bar.update(len(run))
 
 
 def _computed_here(
-    slide: Slide, backend: Backend, runs: list[np.ndarray], reading: dict[str, float], n_jobs: int
-) -> Iterator[_Part]:
+    slide: Slide, runs: list[np.ndarray], reading: dict[str, float], measuring: dict[str, Any], n_jobs: int
+) -> Iterator[Found]:
     """Regions of runs, computed in threads that one reader feeds."""
     blocks = (block for part in _streams(runs) for block in _read(slide, part, reading))
-    results = iter_tasks(_segment_block, blocks, shared={"backend": backend}, n_jobs=n_jobs)
+    results = iter_tasks(_segment_block, blocks, shared=measuring, n_jobs=n_jobs)
     for run in runs:
-        yield _joined([next(results) for _ in run])
+        yield Found.join([next(results) for _ in run])
 
 
 def _streams(runs: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -213,17 +220,13 @@ def _read(slide: Slide, corners: np.ndarray, reading: dict[str, float]) -> Itera
     return iter_blocks(slide, corners=corners, progress_bar=False, **reading)  # type: ignore[arg-type]
 
 
-def _segment_run(corners: np.ndarray, *, slide: Slide, backend: Backend, reading: dict[str, float]) -> _Part:
+def _segment_run(corners: np.ndarray, *, slide: Slide, reading: dict[str, float], measuring: dict[str, Any]) -> Found:
     """Regions of a run of blocks, whose pixels are read here."""
-    return _joined([_segment_block(block, backend=backend) for block in _read(slide, corners, reading)])
+    return Found.join([_segment_block(block, **measuring) for block in _read(slide, corners, reading)])
 
 
-def _joined(parts: Sequence[_Part]) -> _Part:
-    return PackedRegions.concatenate([regions for regions, _ in parts]), sum(cut for _, cut in parts)
-
-
-def _segment_block(block: Block, *, backend: Backend) -> _Part:
-    """Regions whose centroid lies in the core, on the grid; and how many of them the window cuts."""
+def _segment_block(block: Block, *, backend: Backend, spare_px: int, simplify_um: float) -> Found:
+    """Regions whose centroid lies in the core or at most `spare_px` beyond it, on the grid."""
     labels = np.asarray(backend(block))
     if labels.shape != block.pixels.shape[:2]:
         raise DataValueError(
@@ -233,9 +236,18 @@ def _segment_block(block: Block, *, backend: Backend) -> _Part:
         raise DataTypeError(f"the segmenter returned {labels.dtype}; labels are whole numbers, 0 for background")
     labels = _on_grid(check_numbers(labels, "the segmenter's label image"), block)
     origin = (block.y - block.halo_px, block.x - block.halo_px)
-    regions = measure_regions(labels, block.pixels, block.grid.mpp, block.core, origin)
+    rows, columns = block.core
+    near = (
+        slice(rows.start - spare_px, rows.stop + spare_px),
+        slice(columns.start - spare_px, columns.stop + spare_px),
+    )
+    regions = measure_regions(labels, block.pixels, block.grid.mpp, near, origin, simplify_um=simplify_um)
+    rows, columns = block.place
+    x, y = regions.centroids.T
+    spare = (y < rows.start) | (y >= rows.stop) | (x < columns.start) | (x >= columns.stop)
     window = np.array([*origin, origin[0] + labels.shape[0], origin[1] + labels.shape[1]])
-    return PackedRegions.pack(regions), int((regions.boxes == window).any(axis=1).sum())
+    cut = (regions.boxes == window).any(axis=1) & ~spare
+    return Found(PackedRegions.pack(regions), spare, int(cut.sum()))
 
 
 def _on_grid(labels: np.ndarray, block: Block) -> np.ndarray:

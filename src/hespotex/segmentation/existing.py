@@ -68,9 +68,11 @@ def check_outlines(given: GivenOutlines, slide: Slide, what: str, *, stacklevel:
     broken = np.flatnonzero(~shapely.is_valid(geometries) & ~shapely.is_missing(geometries))
     geometries[broken] = shapely.make_valid(geometries[broken])
     geometries = _polygonal(geometries)
-    encloses = ~shapely.is_missing(geometries) & (shapely.area(geometries) > 0)
+    with np.errstate(over="ignore"):
+        encloses = ~shapely.is_missing(geometries) & (shapely.area(geometries) > 0)
     repaired = int(encloses[broken].sum())
-    centres = shapely.centroid(geometries)
+    with np.errstate(over="ignore", invalid="ignore"):  # of outlines far beyond any image
+        centres = shapely.centroid(geometries)
     xy = np.column_stack([shapely.get_x(centres), shapely.get_y(centres)])
     inside = encloses.copy()
     inside[encloses] = slide.contains(xy[encloses])
@@ -105,7 +107,7 @@ def _polygonal(geometries: np.ndarray) -> np.ndarray:
         shapely.GeometryType[name].value for name in ("POLYGON", "MULTIPOLYGON", "GEOMETRYCOLLECTION")
     )
     found = geometries.copy()
-    found[~np.isin(kind, [polygon, several])] = None
+    found[~np.isin(kind, [polygon, several]) | shapely.is_empty(geometries)] = None
     for row in np.flatnonzero(kind == collection):
         parts = shapely.get_parts(shapely.get_parts(geometries[row]))
         parts = parts[shapely.get_type_id(parts) == polygon]
@@ -151,7 +153,7 @@ def iter_given(
     on_grid = shapely.transform(given.geometries, lambda xy: xy / scale)
     middle = shapely.centroid(on_grid)
     centroids = np.column_stack([shapely.get_x(middle), shapely.get_y(middle)])
-    single = _single(on_grid, centroids)
+    single = _single(on_grid, centroids, grid.shape)
     sums = _sums(on_grid, single, slide, grid, block_px, n_jobs or settings.n_jobs, progress_bar=progress_bar)
     features = _features(given.geometries, sums, slide)
     whole = given.ids.dtype.kind in "iu" and given.ids.min() > 0
@@ -163,7 +165,7 @@ def iter_given(
     for rows in np.split(order, np.flatnonzero(np.diff(row[order] // block_px)) + 1):
         yield Nuclei(
             ids=given.ids[rows],
-            regions=_packed(rows + 1, on_grid[rows], single[rows], centroids[rows], features[rows]),
+            regions=_packed(rows + 1, on_grid[rows], single[rows], centroids[rows], features[rows], grid.shape),
             grid=grid,
             given=given.geometries[rows],
             labels=None if whole else rows + 1,
@@ -225,24 +227,32 @@ def _measure_block(task: tuple[Block, np.ndarray, np.ndarray]) -> np.ndarray:
     rows, columns = block.place
     pixels = block.pixels[block.core]
     amount = haematoxylin_of(pixels.reshape(-1, 3)).reshape(pixels.shape[:2])
-    return sum_pixels(*edges_of(polygons), pixel_boxes(polygons), single, amount, rows.start, columns.start).T
+    boxes = pixel_boxes(polygons, block.grid.shape)
+    return sum_pixels(*edges_of(polygons), boxes, single, amount, rows.start, columns.start).T
 
 
-def _single(polygons: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def _single(polygons: np.ndarray, centroids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Row and column of the only pixel of polygons that hold the middle of none, (n, 2) int64; -1 for others."""
     pixel = np.full((len(polygons), 2), -1, dtype=np.int64)
     for start in range(0, len(polygons), _BATCH):
-        some = slice(start, start + _BATCH)
-        empty = start + np.flatnonzero(count_pixels(*edges_of(polygons[some]), pixel_boxes(polygons[some])) == 0)
-        pixel[empty] = np.floor(centroids[empty, ::-1])
+        some = polygons[start : start + _BATCH]
+        boxes = pixel_boxes(some, shape)
+        empty = np.flatnonzero(count_pixels(*edges_of(some), boxes) == 0)
+        middle = np.floor(centroids[start + empty, ::-1])
+        pixel[start + empty] = middle.clip(boxes[empty, :2], boxes[empty, 2:] - 1)  # whatever rounding did
     return pixel
 
 
 def _packed(
-    names: np.ndarray, polygons: np.ndarray, single: np.ndarray, centroids: np.ndarray, features: np.ndarray
+    names: np.ndarray,
+    polygons: np.ndarray,
+    single: np.ndarray,
+    centroids: np.ndarray,
+    features: np.ndarray,
+    shape: tuple[int, int],
 ) -> PackedRegions:
     """Regions without outlines of their own."""
-    boxes = pixel_boxes(polygons)
+    boxes = pixel_boxes(polygons, shape)
     height, width = (boxes[:, 2:] - boxes[:, :2]).T
     bit_starts = np.concatenate([[0], np.cumsum(-(-height * width // 8))])
     return PackedRegions(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -130,7 +131,7 @@ def read_geojson(path: str | os.PathLike[str]) -> GivenOutlines:
 
 def _open(path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
@@ -239,6 +240,7 @@ def _ids(ids: list[Any]) -> np.ndarray:
 def _outlines(geometries: list[Any]) -> np.ndarray:
     """Shapely geometries of decoded ones; polygons without holes, which nearly all are, in one call for all."""
     from shapely import linearrings, polygons
+    from shapely.errors import ShapelyError
     from shapely.geometry import shape
 
     found = np.empty(len(geometries), dtype=object)
@@ -252,7 +254,8 @@ def _outlines(geometries: list[Any]) -> np.ndarray:
             points.extend(coordinates[0])
             sizes.append(len(coordinates[0]))
         elif geometry["type"] != "Polygon" or all(len(ring) >= 4 for ring in coordinates):
-            found[position] = shape(geometry)
+            with suppress(ValueError, ShapelyError):  # a ring of too few points, or of none: it encloses nothing
+                found[position] = shape(geometry)
     if simple:
         try:
             xy = np.array(points, dtype=np.float64)[:, :2]

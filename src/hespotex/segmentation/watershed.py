@@ -12,8 +12,6 @@ import numpy as np
 
 from ..errors import DataTypeError, DataValueError, ImageFormatError
 from ._appearance import Appearance, density_table, estimate_appearance, nuclear_density
-from ._split import split_necks
-from ._tree import TreeOptions, score_regions
 
 __all__ = ["DIAMETER_UM", "Watershed", "estimate_diameter", "segment_watershed"]
 
@@ -31,9 +29,50 @@ _REACH = 0.3  # of the diameter: how far a region grows to get there
 _MIN_PX = 3.0
 _UNKNOWN_PX = 16.0
 _SCALES_PX = 6.0 * 1.3 ** np.arange(10)
-_LOOSE = TreeOptions(min_area=0.04, max_area=10, spread=0.1)
 _NEARLY = 0.9  # of the best
 _SHRINK = 0.75  # regions chosen with little regard to size hold clumps, too
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """What counts as a nucleus. Areas are shares of the area expected of one nucleus, lengths of its diameter.
+
+    Attributes
+    ----------
+    min_area, max_area
+        Regions outside this range are never nuclei.
+    max_extent
+        Nor are those with a longer bounding box. It bounds how far the choice at a place can depend on pixels around.
+    spread
+        How fast the score falls beyond half and double the expected area, per squared log.
+    min_roundness
+        Share of its ellipse that a region must fill to score at all.
+    sharpness
+        Exponent of that share.
+    """
+
+    min_area: float = 0.14
+    max_area: float = 6.0
+    max_extent: float = 4.0
+    spread: float = 1.0
+    min_roundness: float = 0.4
+    sharpness: float = 3.0
+
+    def shape(self, diameter_px: float) -> tuple[float, ...]:
+        """Expected area and longest extent in pixels, and the numbers that have no unit."""
+        area, extent = np.pi / 4 * diameter_px**2, self.max_extent * diameter_px
+        return (
+            area,
+            extent,
+            float(self.min_area),
+            float(self.max_area),
+            float(self.spread),
+            float(self.min_roundness),
+            float(self.sharpness),
+        )
+
+
+_LOOSE = TreeOptions(min_area=0.04, max_area=10, spread=0.1)
 
 
 @dataclass(frozen=True)
@@ -139,13 +178,15 @@ def estimate_diameter(rgb: np.ndarray) -> float:
     -------
     Diameter in pixels; 16 where no nuclei are found.
     """
+    from ._components import score_regions
+
     check_rgb(rgb)
     look = estimate_appearance(rgb)
     dark = nuclear_density(rgb, look.white) > look.threshold
     explained, typical = [0.0], [_UNKNOWN_PX]
     for diameter in _SCALES_PX[: 1 + np.searchsorted(_SCALES_PX, min(rgb.shape[:2]) / 2)]:
         labels = _segment(rgb, float(diameter), look, _LOOSE)
-        area, score = score_regions(labels, int(labels.max()), float(diameter), _LOOSE)
+        area, score = score_regions(labels, int(labels.max()), _LOOSE.shape(float(diameter)))
         explained.append(float(score[labels[dark]].sum()))
         typical.append(_SHRINK * _disc_of_median(area[1:]))
     good = np.flatnonzero(np.array(explained) >= _NEARLY * max(explained))
@@ -173,6 +214,7 @@ def _segment(rgb: np.ndarray, diameter_px: float, look: Appearance, options: Tre
     """Labels; all in units where the background is 0 and Otsu's threshold 1."""
     from ._components import choose_regions
     from ._flood import grow_regions
+    from ._necks import split_necks
     from ._smooth import capped_distance, gaussian_taps, look_up, quantised_relief, smooth
 
     nothing = np.zeros(rgb.shape[:2], dtype=np.int32)
