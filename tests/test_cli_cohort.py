@@ -164,17 +164,18 @@ def test_workers_of_the_program_give_the_same(folder, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_exit_code_130_and_the_next_run_goes_on(folder, slide, model, tmp_path):
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+def test_ctrl_c_is_exit_code_130_and_the_next_run_goes_on(folder, slide, model, tmp_path, workers):
     for number in range(6):
         shutil.copy2(slide, folder / f"more{number}.tif")
     out, log = tmp_path / "out", tmp_path / "log.jsonl"
     command = [sys.executable, "-m", "hespotex", "predict", str(folder), "-m", str(model), "-o", str(out)]
-    restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen([*command, "--log", str(log)], stderr=subprocess.PIPE, text=True, **restore) as run:
+    apart = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler), "start_new_session": True}
+    with subprocess.Popen([*command, *workers, "--log", str(log)], stderr=subprocess.PIPE, text=True, **apart) as run:
         end = time.monotonic() + 120
         while not (log.exists() and "slide_done" in log.read_text()) and time.monotonic() < end:
             time.sleep(0.01)
-        os.kill(run.pid, signal.SIGINT)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does, to the workers, too
         said = run.stderr.read()
     assert run.returncode == 130, said
     assert "interrupted" in said

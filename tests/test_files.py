@@ -29,6 +29,19 @@ def test_a_folder_takes_the_place_of_another_and_mixes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    def fails(self, target):
+        raise OSError(28, "No space left on device")
+
+    make(tmp_path / "final", "old")
+    part = make(tmp_path / "part", "new")
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="No space left"):
+        publish(part, tmp_path / "final")
+    assert (tmp_path / "final" / "b.txt").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "part"]
+
+
 def test_a_file_takes_the_place_of_another(tmp_path):
     (tmp_path / "final").write_text("old")
     (tmp_path / "part").write_text("new")

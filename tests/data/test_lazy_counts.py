@@ -76,3 +76,30 @@ def test_counts_stored_gene_by_gene_are_refused_with_the_way_out(tmp_path):
         as_lazy(sparse_dataset(group["X"]))
     with pytest.raises(CountsError, match="CSR"):
         check_counts(sparse_dataset(group["X"]))
+
+
+class Counted:
+    """A matrix on disk that notes what is read of it."""
+
+    def __init__(self, source):
+        self.source, self.shape, self.dtype, self.keys = source, source.shape, source.dtype, []
+
+    def __getitem__(self, key):
+        self.keys.append(key)
+        return self.source[key]
+
+
+def test_rows_that_lie_close_together_are_read_in_one_piece(source):
+    counted = Counted(source)
+    lazy = lazy_counts.LazyCounts(counted, (83, 17))
+    for rows in (np.array([7, 3, 4, 4, 9]), np.arange(20, 40), np.delete(np.arange(83), [5, 50])):
+        np.testing.assert_array_equal(lazy[rows].toarray(), COUNTS.toarray()[rows])
+    assert counted.keys == [slice(3, 10), slice(20, 40), slice(0, 83)]
+    np.testing.assert_array_equal(lazy[np.array([80, 2])].toarray(), COUNTS.toarray()[[80, 2]])
+    assert list(counted.keys[-1]) == [80, 2]  # what lies between may be most of the matrix
+
+
+def test_no_rows_are_a_matrix_without_rows(source):
+    none = as_lazy(source).take(rows=np.zeros(83, dtype=bool))
+    assert (none.to_memory().shape, library_size(none).shape) == ((0, 17), (0,))
+    check_counts(none)

@@ -99,3 +99,20 @@ def test_a_full_disk_costs_only_what_is_kept(cache, monkeypatch):
         patch.setattr(np, "savez", full)
         with pytest.warns(HespotexWarning, match="could not be kept.*No space"), pytest.raises(KeyboardInterrupt):
             interrupted()
+
+
+def test_a_long_run_is_kept_in_several_files(cache, monkeypatch):
+    monkeypatch.setattr(partial, "_KEEP_BYTES", 2 * 3 * 4)  # one row and a bit
+    values = np.arange(9.0).reshape(3, 3)
+    rows().write(np.array([3, 0, 1]), values)
+    assert len(kept(cache)) == 3
+    again = rows()
+    assert again.done.tolist() == [True, True, False, True]
+    np.testing.assert_array_equal(again.values()[[3, 0, 1]], values)
+
+
+def test_the_last_run_is_not_kept(cache):
+    some = rows()
+    some.write(np.arange(3), np.ones((3, 3)))
+    some.write(np.array([3]), np.ones((1, 3)))
+    assert rows().done.tolist() == [True, True, True, False]

@@ -21,7 +21,7 @@ METHODS = {"ridge": None, "hespotex": {**QUICK, "window": 64}}
 
 @pytest.fixture(scope="module")
 def grid():
-    """A section with a square lattice of 400 touching spots, embedded and with its graph."""
+    """A section with a square lattice of touching spots, embedded and with its graph."""
     sdata = hx.datasets.synthetic(size_px=800, pitch_um=20, diameter_um=20, n_genes=30, lattice="st", seed=4)
     hx.pp.embed(sdata, "morphology", tile_um=40, progress_bar=False)
     hx.pp.spatial_graph(sdata)
@@ -181,3 +181,42 @@ def test_a_target_needs_shapes(section_in_memory, tmp_path):
     with pytest.raises(DataTypeError, match="SpatialData"):
         hx.tl.predict(section_in_memory["table"], model, target=tmp_path / "x.zarr")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appeared_at_the_target_in_the_meantime_is_left_alone(section_in_memory, tmp_path, monkeypatch):
+    model = hx.tl.train(section_in_memory, "ridge", genes=list(section_in_memory["table"].var_names[:4]))
+    write = blockwise.TableStore.write
+
+    def slow(self, rows, values, layer=None):
+        (tmp_path / "big.zarr").mkdir(exist_ok=True)
+        (tmp_path / "big.zarr" / "theirs").touch()
+        write(self, rows, values, layer)
+
+    monkeypatch.setattr(blockwise.TableStore, "write", slow)
+    with pytest.raises(DataValueError, match="exists already"):
+        hx.tl.predict(section_in_memory, model, target=tmp_path / "big.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["big.zarr"]
+    assert [path.name for path in (tmp_path / "big.zarr").iterdir()] == ["theirs"]
+
+
+def test_a_full_disk_leaves_the_shapes_as_they_are(section_in_memory, tmp_path, monkeypatch):
+    from geopandas import GeoDataFrame
+    from spatialdata.transformations import get_transformation
+
+    def full(*args, **kwargs):
+        raise OSError("disk full")
+
+    model = hx.tl.train(section_in_memory, "ridge", genes=list(section_in_memory["table"].var_names[:4]))
+    section_in_memory.write(tmp_path / "own.zarr")
+    before = get_transformation(section_in_memory["spots"], get_all=True)
+    for write in (
+        lambda: hx.tl.predict(section_in_memory, model, target=tmp_path / "big.zarr"),
+        lambda: hx.io.persist(section_in_memory, "spots"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(GeoDataFrame, "to_parquet", full)
+            with pytest.raises(OSError, match="disk full"):
+                write()
+        assert get_transformation(section_in_memory["spots"], get_all=True) == before
+        write()
+    assert len(spatialdata.read_zarr(tmp_path / "own.zarr")["spots"]) == len(section_in_memory["spots"])

@@ -273,6 +273,31 @@ def test_what_is_not_ours_is_left_alone(slides, trained, tmp_path):
     assert (tmp_path / "out" / "first.zarr" / "thesis.txt").read_text() == "mine"
 
 
+def test_overwriting_replaces_a_result_of_the_same_model_too(slides, trained, tmp_path):
+    hx.tl.predict_cohort(slides, trained, tmp_path / "out")
+    expected = values(tmp_path / "out" / "first.zarr")
+    shutil.rmtree(tmp_path / "out" / "first.zarr" / "tables" / "ridge_tiles")  # damaged, and nothing shows it
+    hx.tl.predict_cohort(slides, trained, tmp_path / "out", overwrite=True)
+    assert np.array_equal(values(tmp_path / "out" / "first.zarr"), expected)
+
+
+def test_what_appears_meanwhile_is_left_alone(slides, trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    predict = ONE.predict
+
+    def slow(*args, **kwargs):
+        predict(*args, **kwargs)
+        if not (out / "first.zarr").exists():
+            (out / "first.zarr").mkdir()
+            (out / "first.zarr" / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(ONE, "predict", slow)
+    frame = hx.tl.predict_cohort(slides / "first.tif", trained, out)
+    assert frame["status"].tolist() == ["failed"]
+    assert [path.name for path in (out / "first.zarr").iterdir()] == ["thesis.txt"]
+    assert staged(out) == []
+
+
 @pytest.mark.parametrize("format", ["zarr", "h5ad"])
 def test_a_result_that_the_manifest_does_not_know_of_is_recognised(slides, trained, tmp_path, embedded, format):
     first = hx.tl.predict_cohort(slides, trained, tmp_path / "out", format=format)
@@ -297,6 +322,30 @@ def test_slides_of_one_name_get_results_of_their_own(slides, trained, tmp_path):
     assert later[by_slide.index].equals(by_slide)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text on other systems")
+@pytest.mark.parametrize("format", ["zarr", "h5ad"])
+def test_a_name_that_is_no_text_does_not_stop_the_cohort(slides, trained, tmp_path, format):
+    (slides / "second.tif").rename(os.fsdecode(os.fsencode(slides) + b"/caf\xe9.tif"))
+    (slides / "first.tif").rename(slides / "préparation 1 (病理).tif")
+    broken = Path(os.fsdecode(os.fsencode(slides) + b"/\xe9.tif"))
+    broken.write_bytes(b"")
+    for _ in range(2):
+        frame = hx.tl.predict_cohort(slides, trained, tmp_path / "out", format=format)
+        assert status(frame) == {"caf\\xe9.tif": "done", "préparation 1 (病理).tif": "done", "\\xe9.tif": "failed"}
+        assert set(frame["output"]) == {f"caf.{format}", f"préparation_1_病理.{format}", f"unnamed.{format}"}
+    assert frame.set_index("status").loc["done", "attempts"].tolist() == [1, 1]
+    if format == "zarr":
+        assert sd.read_zarr(tmp_path / "out" / "caf.zarr").attrs["hespotex"]["slide"]["file"] == "caf\\xe9.tif"
+
+
+def test_links_in_circles_end(slides, tmp_path):
+    (slides / "deeper").mkdir()
+    (slides / "deeper" / "up").symlink_to(slides)
+    (slides / "deeper" / "out").symlink_to(tmp_path)
+    found = _cohort.slides.find_slides(slides, but=tmp_path / "out")
+    assert found == [slides / "first.tif", slides / "second.tif"]
+
+
 def test_a_folder_of_results_among_the_slides_is_not_taken_for_slides(slides, trained):
     (slides / ".hidden.tif").write_bytes(b"")
     (slides / "notes.txt").write_text("")
@@ -312,6 +361,31 @@ def test_stores_are_slides_too(patients, trained, tmp_path):
     hx.tl.predict(patients[0], trained)
     result = sd.read_zarr(tmp_path / "out" / "measured.zarr")
     assert np.array_equal(hx.get.prediction(result, "ridge").X, hx.get.prediction(patients[0], "ridge").X)
+
+
+def test_superpixels_of_many_slides(slides, tmp_path):
+    section = hx.datasets.synthetic(size_px=800, pitch_um=60.0, diameter_um=50.0, n_genes=20, seed=2)
+    hx.pp.detect_tissue(section)
+    hx.pp.superpixels(section, 16.0)
+    hx.pp.embed(section, "rgb", shapes_key="superpixels")
+    model = hx.tl.train(section, "ridge_parts", genes=section["table"].var_names[:5])
+    frame = hx.tl.predict_cohort(slides, model, tmp_path / "out", format="h5ad")
+    assert frame["status"].tolist() == ["done", "done"], frame["message"].tolist()
+    slide = hx.io.read_wsi(slides / "first.tif")
+    hx.tl.predict(slide, model)
+    stored = ad.read_h5ad(tmp_path / "out" / "first.h5ad")
+    assert np.array_equal(stored.X, slide["ridge_parts_superpixels"].X)
+    assert frame["n_tiles"][0] == len(slide["superpixels"])
+
+
+def test_a_model_of_one_section_is_refused(slides, tmp_path):
+    section = hx.datasets.synthetic(size_px=800, pitch_um=60.0, diameter_um=50.0, n_genes=20, seed=2)
+    hx.pp.detect_tissue(section)
+    hx.pp.superpixels(section, 30.0)
+    model = hx.tl.train(section, "interpolate", genes=section["table"].var_names[:5])
+    with pytest.raises(hx.errors.ModelMismatchError, match="predicts the section it was fitted on and no other"):
+        hx.tl.predict_cohort(slides, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -507,6 +581,17 @@ def test_ctrl_c_in_a_slide_keeps_what_is_done_of_it(tall, trained, tmp_path, mon
     for name in ("first.zarr", "second.zarr"):
         assert np.array_equal(values(out / name), values(tmp_path / "undisturbed" / name))
     assert remains(out) == []
+
+
+def test_ctrl_c_right_after_a_result_does_not_lose_the_note_of_it(slides, trained, tmp_path):
+    def interrupt(event):
+        if event["event"] == "slide_done":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hx.tl.predict_cohort(slides, trained, tmp_path / "out", log=interrupt)
+    stored = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
+    assert status(stored) == {"first.tif": "done", "second.tif": "pending"}
 
 
 def test_an_embedding_is_not_lost_by_what_follows_it(slides, trained, tmp_path, monkeypatch, in_small_runs):

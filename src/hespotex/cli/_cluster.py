@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["cluster"]
 
+# Ctrl-C reaches all processes of a terminal; the one that started the others answers it, and ends them.
+_DEAF = "import signal\n\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+
 
 @contextmanager
 def cluster(scheduler: str | None, workers: int | None) -> Iterator[Client | None]:
@@ -44,6 +47,7 @@ def cluster(scheduler: str | None, workers: int | None) -> Iterator[Client | Non
         memory_limit=0,  # none: a slide is streamed, and what is large of it is not dask's to move to disk
         silence_logs=logging.ERROR,
         dashboard_address=":0",  # a port that is free
+        preload=[_DEAF],
         env={"HESPOTEX_N_JOBS": threads, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads},
     )
     client = distributed.Client(started)

@@ -13,6 +13,7 @@ import numpy as np
 
 from .._files import publish
 from ..errors import DataValueError
+from .elements import shapes_kept
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -56,7 +57,8 @@ class TableStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
         try:
-            self._sdata.write(self._staging / "store")
+            with shapes_kept(self._sdata):
+                self._sdata.write(self._staging / "store")
             self._table = zarr.open_group(self._staging / "store" / "tables" / self._key, mode="r+")
         except BaseException:
             shutil.rmtree(self._staging, ignore_errors=True)

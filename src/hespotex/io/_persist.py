@@ -166,10 +166,11 @@ def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str
     staging = beside / uuid.uuid4().hex
     try:
         staging.mkdir(parents=True)
-        alone = SpatialData.init_from_elements({name: sdata[name]})
-        with shapes_kept(alone), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The table is annotating")  # shapes that stay where they are
-            alone.write(staging / "store", consolidate_metadata=False)
+            alone = SpatialData.init_from_elements({name: sdata[name]})
+            with shapes_kept(alone):
+                alone.write(staging / "store", consolidate_metadata=False)
         new, place = staging / "store" / kind / name, store / kind / name
         _sync(new)
         consolidated = _drop_consolidated(store)

@@ -19,6 +19,7 @@ from ..data.provenance import from_uns
 from ..data.stored import COMPANIONS, check_free, write_prediction
 from ..data.tables import is_derived, mark_table, resolve_shapes_key, resolve_table
 from ..data.transaction import restored_on_error
+from ..encoders import identifying
 from ..errors import DataTypeError, DataValueError, HespotexWarning, MissingKeyError, ModelMismatchError
 from ..models import Model, Recipe, get
 from ..models._registry import names
@@ -429,7 +430,7 @@ def _check_embedding(adata: AnnData, recipe: Recipe) -> None:
         )
     stored = from_uns(embedding_entry(adata, key).get("encoder", {}))
     trained = dict(recipe.encoder)
-    if stored and trained and stored != trained:
+    if stored and trained and identifying(stored) != identifying(trained):
         differing = sorted(k for k in {*stored, *trained} if stored.get(k) != trained.get(k))
         shown = "; ".join(f"{k}: {stored.get(k)!r} here, {trained.get(k)!r} in training" for k in differing)
         raise ModelMismatchError(f"obsm[{key!r}] was made by another encoder setting than the model's ({shown})")

@@ -29,7 +29,7 @@ from ._cohort.events import Event, listener
 from ._cohort.manifest import Manifest, Row
 from ._cohort.one import Format, Job, Outcome, failure, written_identity, written_sizes
 from ._cohort.run import on_cluster, one_by_one
-from ._cohort.slides import SlideState, find_slides, state_of
+from ._cohort.slides import SlideState, find_slides, printable, state_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +130,8 @@ def predict_cohort(
         If the encoder's weights are missing here.
     DataValueError
         If `out` is in use by another run, or holds results of another model or other options.
+    ModelMismatchError
+        If the model predicts no slide but the section it was fitted on.
     OutputError
         If the disk is full or `out` cannot be written to; what is finished stays.
     WorkerError
@@ -188,7 +190,8 @@ def predict_cohort(
                 outcomes = on_cluster(queue, _kept(fitted, work, wanted.model), tell, client)
             _follow(outcomes, queue, manifest, retries, tell, step)
         finally:
-            frame = manifest.frame(map(str, slides))
+            _save_if_possible(manifest)  # an interruption may come between a result and the note of it
+            frame = manifest.frame(slides)
             tell("cohort_finished", **{str(status): int(n) for status, n in frame["status"].value_counts().items()})
         if not any(path.is_file() for path in (work / "slides").rglob("*")):  # nothing to go on with
             shutil.rmtree(work, ignore_errors=True)
@@ -215,9 +218,10 @@ class _Wanted:
     def identity(self, state: SlideState) -> str:
         return digest(_CONTENT, [state.size, state.mtime_ns, state.fingerprint], self.model, self.options)
 
-    def job(self, row: Row, state: SlideState, *, replaces: bool) -> Job:
+    def job(self, row: Row, path: Path, state: SlideState, *, replaces: bool) -> Job:
         return Job(
             slide=row.slide,
+            path=str(path),
             output=str(self.out / row.output),
             work=str(self.out / _WORK / "slides" / row.output),
             staging=str(self.out / _WORK / "staging"),
@@ -239,6 +243,10 @@ def _fitted(model: Model | str | Path, genes: Sequence[str] | None, options: dic
     if not fitted.is_fitted or fitted.recipe is None:
         raise ModelMismatchError(
             "model is not fitted on sections and does not know how to prepare a slide; fit it with hx.tl.train(sdatas, model)"
+        )
+    if fitted.info.task == "in-sample":
+        raise ModelMismatchError(
+            f"{fitted.info.name!r} predicts the section it was fitted on and no other: hx.tl.predict(section, model)"
         )
     if genes is not None:
         chosen_genes(fitted.recipe, genes)  # an unknown one is an error before any slide is read
@@ -291,7 +299,7 @@ def _queue(
     """Jobs of all slides that are not done; the rows of the others are brought up to date."""
     queue: deque[Job] = deque()
     for slide in slides:
-        known = str(slide) in manifest.rows
+        known = printable(slide) in manifest.rows
         row = manifest.row(slide, f".{wanted.format}")
         try:
             state = state_of(slide)
@@ -312,10 +320,10 @@ def _queue(
             continue
         ours = known and written is not None  # made by an earlier run for this slide, before it changed
         if ours and not wanted.overwrite:
-            logger.warning("%s is predicted again, as it has changed", slide)
+            logger.warning("%s is predicted again, as it has changed", row.slide)
         row.status = "pending"
         _describe(row, wanted, state)
-        queue.append(wanted.job(row, state, replaces=ours or wanted.overwrite))
+        queue.append(wanted.job(row, slide, state, replaces=ours or wanted.overwrite))
     return queue
 
 
@@ -338,7 +346,12 @@ def _kept(model: Model, work: Path, name: str) -> Path:
     """The model, saved where all workers find it."""
     folder = work / "models" / name
     if not folder.exists():
-        model.save(folder)
+        try:
+            model.save(folder)
+        except OSError as error:
+            raise OutputError(
+                f"the model cannot be kept for the workers ({error}); make room and call again"
+            ) from error
     return folder
 
 
@@ -377,7 +390,6 @@ def _follow(
         else:
             step()
         if outcome.stops_all:
-            _save_if_possible(manifest)
             raise OutputError(
                 f"the cohort was stopped, as every slide would meet the same: {outcome.message} ({outcome.error}, at "
                 f"{row.slide}). What is finished stays; set it right and call again"

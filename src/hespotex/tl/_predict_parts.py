@@ -18,6 +18,7 @@ from ..data.provenance import from_uns
 from ..data.section import Level, Prediction, Section
 from ..data.stored import COMPANIONS
 from ..data.tables import mark_table, resolve_table, table_role
+from ..encoders import identifying
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError, ModelMismatchError
 from ..models import Model, Recipe, create
 from ._blocks import arrays_of, chosen_genes, record_prediction, store_blocks
@@ -251,7 +252,7 @@ def _check(view: PartsView, model: Model, recipe: Recipe) -> None:
         return
     stored = from_uns(embedding_entry(view.table.adata, recipe.embedding_key).get("encoder", {}))
     trained = dict(recipe.encoder)
-    if stored and trained and stored != trained:
+    if stored and trained and identifying(stored) != identifying(trained):
         differing = sorted(k for k in {*stored, *trained} if stored.get(k) != trained.get(k))
         shown = "; ".join(f"{k}: {stored.get(k)!r} here, {trained.get(k)!r} in training" for k in differing)
         raise ModelMismatchError(

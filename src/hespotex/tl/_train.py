@@ -27,6 +27,7 @@ from ..data.bridge import (
 from ..data.lattice import detect_lattice
 from ..data.panel import METHODS
 from ..data.provenance import from_uns
+from ..encoders import identifying
 from ..errors import DataValueError, HespotexWarning, ModelMismatchError
 from ..models import Model, Recipe, Run, create
 from ..models._store import remember
@@ -318,7 +319,7 @@ def _shared(entries: list[Mapping[str, Any]], what: str, remedy: str) -> dict[st
     """The one entry all sections agree on."""
     first = dict(entries[0])
     for entry in entries[1:]:
-        if dict(entry) != first:
+        if identifying(entry) != identifying(first):
             differing = sorted({key for key in {*first, *entry} if first.get(key) != dict(entry).get(key)})
             raise ModelMismatchError(f"the sections differ in {what} ({', '.join(differing)}); {remedy}")
     return first

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..._files import replacing
 from ..._keys import sanitize
 from ..._logging import logger
+from .slides import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,12 +65,13 @@ class Manifest:
 
     def row(self, slide: Path, suffix: str) -> Row:
         """The row of `slide`, a new one if it has none: its result is named after it, with a number if need be."""
-        if str(slide) not in self.rows or not self.rows[str(slide)].output.endswith(suffix):
+        name = printable(slide)
+        if name not in self.rows or not self.rows[name].output.endswith(suffix):
             taken = {row.output.casefold() for row in self.rows.values()}
             stem = sanitize(slide.name.removesuffix(slide.suffix))
-            names = (f"{stem}{number}{suffix}" for number in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
-            self.rows[str(slide)] = Row(str(slide), next(name for name in names if name.casefold() not in taken))
-        return self.rows[str(slide)]
+            outputs = (f"{stem}{number}{suffix}" for number in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+            self.rows[name] = Row(name, next(output for output in outputs if output.casefold() not in taken))
+        return self.rows[name]
 
     def save(self) -> None:
         """Write the table; it is the old or the new one, never a part."""
@@ -80,11 +82,11 @@ class Manifest:
         with replacing(self._path) as part:
             parquet.write_table(table, part)
 
-    def frame(self, slides: Iterable[str]) -> pd.DataFrame:
+    def frame(self, slides: Iterable[Path]) -> pd.DataFrame:
         """The rows of `slides` as a table."""
         import pandas as pd
 
-        return pd.DataFrame([_flat(self.rows[slide]) for slide in slides], columns=_schema().names)
+        return pd.DataFrame([_flat(self.rows[printable(slide)]) for slide in slides], columns=_schema().names)
 
 
 def _schema() -> Any:

@@ -23,7 +23,7 @@ from ...data.stored import find_prediction
 from ...errors import DataValueError, GeometryError, HespotexError, HespotexWarning, WorkerError
 from ...io._open import open_slide
 from .._predict import predict
-from .slides import SlideState
+from .slides import SlideState, printable
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -47,8 +47,10 @@ class Job:
 
     Parameters
     ----------
-    slide, output
-        Paths of the slide and of its result.
+    slide
+        Name of the slide in the manifest.
+    path, output
+        Where the slide is, and its result.
     work, staging
         Folders for partial results of this slide, and for results that are being written, on the disk of `output`.
     identity
@@ -60,6 +62,7 @@ class Job:
     """
 
     slide: str
+    path: str
     output: str
     work: str
     staging: str
@@ -141,7 +144,7 @@ def predict_slide(job: Job, model: Model, tell: Callable[..., None], *, progress
             failed = failure(error, stage[0])
             outcome.error, outcome.message = failed.error, failed.message
             outcome.may_pass, outcome.stops_all = failed.may_pass, failed.stops_all
-    said = (str(warning.message) for warning in caught if issubclass(warning.category, HespotexWarning))
+    said = (printable(str(warning.message)) for warning in caught if issubclass(warning.category, HespotexWarning))
     outcome.warnings = list(dict.fromkeys(said))
     return outcome
 
@@ -151,7 +154,7 @@ def failure(error: BaseException, stage: str) -> Outcome:
     number = _errno(error)
     return Outcome(
         error=type(error).__name__,
-        message=str(error) or type(error).__name__,
+        message=printable(str(error)) or type(error).__name__,
         may_pass=not isinstance(error, HespotexError) or isinstance(error, WorkerError) or number in _PASSING,
         stops_all=number in _DISK or (stage == "write" and number in _PLACE),
     )
@@ -175,15 +178,10 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
 
     recipe = model.recipe
     assert recipe is not None  # looked at before any slide is
-    path, output = Path(job.slide), Path(job.output)
-    if output.exists() and not job.replace:
-        if written_identity(output) == job.identity:  # by a worker that died before it could say so
-            outcome.n_tiles, outcome.n_genes = written_sizes(output)
-            return
-        raise DataValueError(
-            f"{output} exists and is no result of this slide, model and options; move it away, or replace it with "
-            "overwrite=True"
-        )
+    path = Path(job.path)
+    if _is_there(job):  # by a worker that died before it could say so
+        outcome.n_tiles, outcome.n_genes = written_sizes(Path(job.output))
+        return
     is_file = path.is_file()
     with timed("read"):
         sdata = open_slide(path, job.mpp if is_file else None)
@@ -226,6 +224,25 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
         _write(sdata, key, job, outcome)
 
 
+def _is_there(job: Job) -> bool:
+    """Whether the result is there already.
+
+    Raises
+    ------
+    DataValueError
+        If something else is, which must not be replaced.
+    """
+    output = Path(job.output)
+    if job.replace or not output.exists():
+        return False
+    if written_identity(output) == job.identity:
+        return True
+    raise DataValueError(
+        f"{output} exists and is no result of this slide, model and options; move it away, or replace it with "
+        "overwrite=True"
+    )
+
+
 def _check_size(sdata: SpatialData, tiles: Mapping[str, Any]) -> None:
     slide = resolve_slide(sdata)
     side = min(slide.shape) * slide.mpp
@@ -260,9 +277,8 @@ def _write(sdata: SpatialData, key: str, job: Job, outcome: Outcome) -> None:
             adata = prediction(sdata, key)
             adata.uns[Keys.NAMESPACE] |= about
             adata.write_h5ad(staged)
-        if output.exists() and written_identity(output) == job.identity:
-            return  # another worker, taken for dead, was faster
-        publish(staged, output)
+        if not _is_there(job):  # if it is, another worker, taken for dead, was faster
+            publish(staged, output)
     finally:
         if staged.is_dir():
             shutil.rmtree(staged, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import DataValueError
 from ...io._open import is_store
 
-__all__ = ["SUFFIXES", "SlideState", "find_slides", "state_of"]
+__all__ = ["SUFFIXES", "SlideState", "find_slides", "printable", "state_of"]
 
 # What is taken for a slide in a folder. Not JPEG and PNG: beside slides these are thumbnails.
 SUFFIXES = (
@@ -56,7 +56,7 @@ def find_slides(paths: str | Path | Sequence[str | Path], *, but: Path) -> list[
         if path.is_dir() and not is_store(path) and path.suffix != ".zarr":
             if path.resolve() == but.resolve():
                 raise DataValueError(f"out={str(but)!r} is the folder of the slides; name another, or one inside it")
-            inside = sorted(_inside(path, but.resolve()))
+            inside = sorted(_inside(path, {but.resolve()}))
             if not inside:
                 raise DataValueError(
                     f"paths: folder {str(path)!r} holds no slide; looked for {', '.join(SUFFIXES)} there and below. Name "
@@ -73,14 +73,21 @@ def find_slides(paths: str | Path | Sequence[str | Path], *, but: Path) -> list[
     return places
 
 
-def _inside(folder: Path, but: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.resolve() == but:
+def _inside(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Slides in `folder` and below; a folder that is `seen` is not entered again, as links may lead in circles."""
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
             continue
         if path.suffix.lower() in SUFFIXES:
             yield path
-        elif path.is_dir():
-            yield from _inside(path, but)
+        elif path.is_dir() and path.resolve() not in seen:
+            yield from _inside(path, seen)
+
+
+def printable(text: str | Path) -> str:
+    """`text` with bytes of a file name that are no UTF-8 written out: tables and JSON cannot hold them."""
+    return str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def state_of(path: Path) -> SlideState:
