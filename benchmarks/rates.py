@@ -195,9 +195,8 @@ def lazyslide(path: Path, sdata: Any, encoder: Any, device: str) -> float | None
     import warnings
 
     import lazyslide as zs
-    from wsidata import open_wsi
-
     import torch
+    from wsidata import open_wsi
 
     network = encoder._network._network
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder._mean, encoder._std))
