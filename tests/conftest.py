@@ -72,7 +72,7 @@ def cluster(_own_cache: None) -> Iterator[Any]:
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", host="127.0.0.1", memory_limit=0
         ) as workers,
-        distributed.Client(workers) as client,
+        distributed.Client(workers, set_as_default=False) as client,
     ):
         yield client
 

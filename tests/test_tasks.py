@@ -138,7 +138,7 @@ def one_worker():
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1", memory_limit=0
         ) as workers,
-        distributed.Client(workers) as client,
+        distributed.Client(workers, set_as_default=False) as client,
     ):
         yield client
 

@@ -13,7 +13,7 @@ def span(index: Any, size: int) -> tuple[int, int, Any]:
     Examples
     --------
     >>> span(slice(3, 20, 4), 10), span(slice(None), 10), span(-1, 10)
-    ((3, 10, slice(None, None, 4)), (0, 10, slice(None, None, 1)), (9, 10, 0))
+    ((3, 8, slice(None, None, 4)), (0, 10, slice(None, None, 1)), (9, 10, 0))
     """
     if isinstance(index, slice):
         wanted = range(size)[index]
