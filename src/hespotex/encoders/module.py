@@ -89,7 +89,7 @@ def from_module(
     std: float | Sequence[float] | None = None,
     dtype: str = "float32",
     n_features: int | None = None,
-) -> OwnEncoder:
+) -> TileEncoder:
     """An encoder of your own: a torch module, or any function.
 
     Parameters

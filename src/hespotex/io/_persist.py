@@ -50,6 +50,10 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
         Elements to write. By default all tables, and the elements that the store lacks: whether another element has
         changed since it was read cannot be told.
 
+    Returns
+    -------
+    ``None``. What `sdata` holds lazily of these elements is read anew from the store.
+
     Raises
     ------
     DataValueError

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from .cellpose import CellposeSegmenter
 from .counts import count_in_circles, count_in_polygons, count_in_window
-from .geojson import read_geojson
+from .geojson import GivenOutlines, read_geojson
 from .instanseg import LazyslideSegmenter
 from .labels import load_labels
-from .watershed import Watershed, estimate_diameter, segment_watershed
+from .watershed import TreeOptions, Watershed, estimate_diameter, segment_watershed
 
 __all__ = [
     "CellposeSegmenter",
+    "GivenOutlines",
     "LazyslideSegmenter",
+    "TreeOptions",
     "Watershed",
     "count_in_circles",
     "count_in_polygons",
