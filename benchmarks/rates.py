@@ -198,11 +198,11 @@ def lazyslide(path: Path, sdata: Any, encoder: Any, device: str) -> float | None
     import torch
     from wsidata import open_wsi
 
-    network = encoder._network._network
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder._mean, encoder._std))
+    own = encoder._network
+    network = own._network
 
     def transform(tile: np.ndarray) -> torch.Tensor:
-        return (torch.from_numpy(tile).permute(2, 0, 1) / 255 - mean) / std
+        return torch.from_numpy(tile).permute(2, 0, 1) * own._scale + own._shift
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
