@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hespotex import _files
 from hespotex._files import publish, replacing, staged
 
 
@@ -20,7 +21,10 @@ def test_a_folder_takes_its_name_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_a_folder_takes_the_place_of_another_and_mixes_nothing(tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_takes_the_place_of_another_and_mixes_nothing(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(_files, "exchange", lambda one, other: False)
     make(tmp_path / "final", "old")
     (tmp_path / "final" / "only_old.txt").write_text("")
     publish(make(tmp_path / "part", "new"), tmp_path / "final")
@@ -30,16 +34,41 @@ def test_a_folder_takes_the_place_of_another_and_mixes_nothing(tmp_path):
 
 
 def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    rename = Path.rename
+
     def fails(self, target):
-        raise OSError(28, "No space left on device")
+        if self.name == "part":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
 
     make(tmp_path / "final", "old")
     part = make(tmp_path / "part", "new")
-    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(_files, "exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="No space left"):
         publish(part, tmp_path / "final")
     assert (tmp_path / "final" / "b.txt").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "part"]
+
+
+def test_what_a_kill_between_two_renamings_leaves_is_not_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "exchange", lambda one, other: False)
+    target = make(tmp_path / "final", "old")
+    rename = Path.rename
+
+    def killed(self, name):
+        if self.name == "part":
+            raise KeyboardInterrupt
+        return rename(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(make(tmp_path / "part", "new"), target)
+    with staged(target):
+        pass
+    (before,) = tmp_path.glob(".final.*.before")
+    assert (before / "b.txt").read_text() == "old"
 
 
 def test_a_file_takes_the_place_of_another(tmp_path):

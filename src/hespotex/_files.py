@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["publish", "replacing", "staged"]
+__all__ = ["exchange", "publish", "replacing", "staged"]
 
 _SYNCS = 16
 _IN_USE = ".in_use"
@@ -62,28 +64,46 @@ def staged(path: Path) -> Iterator[Path]:
 def publish(part: Path, path: Path) -> None:
     """Rename a finished file or folder `part` to `path`, on the same disk, once all of it is on the disk.
 
-    A folder that is at `path` is moved beside `part` first and deleted afterwards: a kill in between leaves nothing at
-    `path`, never a mixture. An error in between puts it back.
+    What is at `path` is deleted afterwards. Where the system cannot exchange two folders at once (other than Linux), the old
+    one lies beside `path` for an instant, and stays there if a kill falls into it; an error then puts it back.
     """
     tree = list(os.walk(part))
     with ThreadPoolExecutor(_SYNCS) as pool:  # a disk takes many at once as it takes one
         list(pool.map(_sync_file, (Path(folder, name) for folder, _, names in tree for name in names)))
     for folder, _, _ in tree:
         _sync_folder(Path(folder))
-    before = part.with_name(f"{part.name}.before")
-    if part.is_dir():
-        if path.exists():
-            path.rename(before)
-    else:
+    if not part.is_dir():
         _sync_file(part)
-    try:
         part.replace(path)
-    except OSError:
-        if before.exists():
-            before.rename(path)
-        raise
+    elif not path.exists():
+        part.rename(path)
+    elif exchange(part, path):
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        _replace_in_two_steps(part, path)
     _sync_folder(path.parent)
+
+
+def _replace_in_two_steps(part: Path, path: Path) -> None:
+    before = path.with_name(f".{path.name}.{uuid.uuid4().hex}.before")
+    path.rename(before)
+    try:
+        part.rename(path)
+    except OSError:
+        before.rename(path)
+        raise
     shutil.rmtree(before, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step, where the system can."""
+    if sys.platform != "linux":
+        return False
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return function(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def _sync_file(path: Path) -> None:

@@ -110,8 +110,8 @@ def test_a_store_behind_a_link_is_written_where_it_lies(backed, tmp_path):
     linked["table"].obs["mark"] = 1
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        exchange = _persist._exchange
-        patch.setattr(_persist, "_exchange", lambda one, other: seen.append((one, other)) or exchange(one, other))
+        exchange = _persist.exchange
+        patch.setattr(_persist, "exchange", lambda one, other: seen.append((one, other)) or exchange(one, other))
         hx.io.persist(linked, "table")
     assert seen
     assert not any("links" in path.parts for pair in seen for path in pair)  # the link may lie on another disk
@@ -126,8 +126,8 @@ def test_attributes_are_written(backed):
 
 STEPS = [  # function, whether two names can be exchanged, whether the kill comes after it
     ("_drop_consolidated", True, True),
-    ("_exchange", True, False),
-    ("_exchange", True, True),
+    ("exchange", True, False),
+    ("exchange", True, True),
     ("write_consolidated_metadata", True, False),
     ("rmtree", True, False),
     ("rmtree", False, False),
@@ -140,7 +140,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(backed, monkeypatch, step,
     before = again(backed)
     backed["table"].obs["mark"] = 1
     if not exchanges:
-        monkeypatch.setattr(_persist, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(_persist, "exchange", lambda one, other: False)
     where = {"rmtree": shutil, "write_consolidated_metadata": sd.SpatialData}.get(step, _persist)
     function = getattr(where, step)
 
@@ -165,7 +165,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(backed, monkeypatch, step,
 
 @pytest.mark.parametrize("error", [OSError, Killed])
 def test_the_old_is_put_back_where_it_was_moved_away_at_once_or_by_the_next_call(backed, monkeypatch, error):
-    monkeypatch.setattr(_persist, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(_persist, "exchange", lambda one, other: False)
     rename = _persist.Path.rename
     calls = []
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .._files import publish
+from .._files import publish, staged
 from ..errors import DataValueError
 from .elements import shapes_kept
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-__all__ = ["TableStore", "available_bytes", "check_fits", "check_target"]
+__all__ = ["TableStore", "available_bytes", "check_fits", "check_target", "publish_store"]
 
 _CHUNK_GENES = 256
 _CHUNK_ROWS = 4096
@@ -48,20 +47,20 @@ class TableStore:
     def __init__(self, path: str | Path, sdata: SpatialData, table_key: str) -> None:
         self._path, self._sdata, self._key = Path(path), sdata, table_key
         check_target(path)
+        self._work = ExitStack()
         self._staging: Path | None = None
         self._table: Any = None
 
     def __enter__(self) -> Self:
         import zarr
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
+        self._staging = self._work.enter_context(staged(self._path))
         try:
             with shapes_kept(self._sdata):
                 self._sdata.write(self._staging / "store")
             self._table = zarr.open_group(self._staging / "store" / "tables" / self._key, mode="r+")
         except BaseException:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._work.close()
             raise
         return self
 
@@ -88,19 +87,28 @@ class TableStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import zarr.errors
-
         assert self._staging is not None
-        try:
+        with self._work:
             if kind is None:
-                with warnings.catch_warnings():
-                    # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
-                    warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-                    zarr.consolidate_metadata(self._staging / "store")
-                check_target(self._path)  # another call may have been faster
-                publish(self._staging / "store", self._path)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+                publish_store(self._staging / "store", self._path)
+
+
+def publish_store(store: Path, path: Path) -> None:
+    """Give a finished zarr store its name, unless something has appeared there meanwhile.
+
+    Raises
+    ------
+    DataValueError
+        If there is something at `path`.
+    """
+    import zarr.errors
+
+    with warnings.catch_warnings():
+        # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(store)
+    check_target(path)
+    publish(store, path)
 
 
 def check_target(path: str | Path) -> None:

@@ -7,11 +7,9 @@ names; the old one is deleted last.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import replacing
+from .._files import exchange, replacing
 from .._logging import logger
 from ..data.elements import shapes_kept
 from ..errors import DataTypeError, DataValueError, MissingKeyError
@@ -182,7 +180,7 @@ def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str
             new.parent.rename(place.parent)  # the first of its kind: the whole group is new
         elif not place.is_dir():
             new.rename(place)
-        elif not _exchange(new, place):
+        elif not exchange(new, place):
             aside = beside / f"{kind}.{name}"  # where `_put_back` looks for it
             place.rename(aside)
             new.rename(place)
@@ -195,17 +193,6 @@ def _replace(sdata: SpatialData, store: Path, beside: Path, kind: str, name: str
         sdata[name] = getattr(read_zarr(store, selection=(kind,)), kind)[name]
     elif kind == "tables":
         read_again(sdata[name], place)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change names in one step, where the system can."""
-    if sys.platform != "linux":
-        return False
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-    return function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _waiting(beside: Path) -> list[Path]:

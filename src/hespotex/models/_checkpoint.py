@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._files import publish, staged
 from .._version import __version__
 from ..errors import CheckpointError, DataValueError, HespotexError
 from ._base import Model, config_to_json
@@ -74,26 +73,16 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> Path:
         "fitted_on": list(model.fitted_on),
         "hespotex_version": __version__,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        (staging / "config.json").write_text(json.dumps(config, indent=1))
-        (staging / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1))
-        (staging / "README.md").write_text(_card(model, recipe))
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staging / "model.safetensors")
-        manifest = {"format": FORMAT, "files": {name: _digest(staging / name) for name in _FILES}}
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        staging.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / path.name
-            path.rename(old)
-            staging.rename(path)
-            shutil.rmtree(old.parent)
-        else:
-            staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with staged(path) as folder:
+        part = folder / "model"
+        part.mkdir()
+        (part / "config.json").write_text(json.dumps(config, indent=1))
+        (part / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=1))
+        (part / "README.md").write_text(_card(model, recipe))
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part / "model.safetensors")
+        manifest = {"format": FORMAT, "files": {name: _digest(part / name) for name in _FILES}}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        publish(part, path)
     return path
 
 

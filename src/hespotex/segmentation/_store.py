@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from .._files import publish, staged
+from .._files import staged
 from .._keys import Keys
-from ..data.blockwise import check_target
+from ..data.blockwise import check_target, publish_store
 from ..data.provenance import record
 from ..data.tables import mark_table
 from ..errors import DataValueError
@@ -175,19 +175,12 @@ class NucleiStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import zarr
-
         assert self._staging is not None
         try:
             if self._outlines is not None:
                 self._outlines.close()
             if kind is None:
-                with warnings.catch_warnings():
-                    # Shapes are parquet, of which zarr knows nothing, and spatialdata consolidates all the same.
-                    warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-                    zarr.consolidate_metadata(self._staging / "store")
-                check_target(self.path)  # by now somebody else may have written there
-                publish(self._staging / "store", self.path)
+                publish_store(self._staging / "store", self.path)
         except OSError as problem:
             if kind is None:
                 raise self._unwritable(problem) from problem
