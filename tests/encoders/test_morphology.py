@@ -93,10 +93,44 @@ def test_features_do_not_depend_on_blocks_chunks_or_parts(tissue, monkeypatch):
     expected = embed(encoder, as_slide(tissue), CENTRES)
     monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
     np.testing.assert_allclose(embed(encoder, as_slide(tissue, chunk=77), CENTRES), expected, atol=1e-5)
-    monkeypatch.setattr(morphology, "_CELLS_AT_ONCE", 1)
+    monkeypatch.setattr(morphology, "_PIECE_PX", 50)
+    np.testing.assert_allclose(embed(encoder, as_slide(tissue), CENTRES), expected, atol=1e-5)
+    monkeypatch.setattr(morphology, "_PART_PX", 200)
     np.testing.assert_allclose(embed(encoder, as_slide(tissue), CENTRES), expected, atol=1e-5)
     monkeypatch.setattr(morphology, "_CENTRES_AT_ONCE", 1)
     np.testing.assert_allclose(embed(encoder, as_slide(tissue), CENTRES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2, 5])
+def test_many_places_on_a_band_that_scrolls_are_those_of_one_that_does_not(tissue, monkeypatch, n_jobs):
+    encoder = Morphology(tile_um=30.0, context_um=60.0, mpp=MPP)
+    centres = np.random.default_rng(0).uniform((0, 0), (896, 640), (300, 2))
+    centres = centres[(centres[:, 1] < 90) | (centres[:, 1] > 560)]  # with rows of blocks in between that nobody needs
+    expected = embed(encoder, as_slide(tissue), centres)
+    monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
+    with hx.settings.override(n_jobs=n_jobs):
+        np.testing.assert_allclose(embed(encoder, as_slide(tissue), centres), expected, atol=1e-5)
+
+
+def test_memory_grows_with_the_width_of_a_part_and_not_with_the_slide(tissue, monkeypatch):
+    encoder = Morphology(**SMALL)
+    monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
+    bands = []
+
+    class Band(morphology._Band):
+        def __init__(self, *args):
+            super().__init__(*args)
+            bands.append(self._values.shape[1:])
+
+    monkeypatch.setattr(morphology, "_Band", Band)
+    long = np.tile(tissue, (4, 1, 1))
+    centres = np.random.default_rng(0).uniform((0, 0), long.shape[1::-1], (100, 2))
+    embed(encoder, as_slide(long), centres)
+    embed(encoder, as_slide(tissue), centres[:, [0, 1]] / (1, 4))
+    assert bands[0] == bands[1]
+    monkeypatch.setattr(morphology, "_PART_PX", 300)
+    embed(encoder, as_slide(tissue), CENTRES)
+    assert max(columns for _, columns in bands[2:]) < bands[0][1]
 
 
 def test_features_do_not_depend_on_other_centres(tissue):

@@ -60,7 +60,7 @@ hx.encoders.register(Patches)
 def small_runs(monkeypatch):
     monkeypatch.setattr(_base, "_TILES_PER_RUN", 8)
     monkeypatch.setattr(dense, "_TILES_PER_RUN", 2)
-    monkeypatch.setattr(morphology, "_CELLS_AT_ONCE", 1_000)
+    monkeypatch.setattr(morphology, "_PART_PX", 300)
     monkeypatch.setattr(pyramid, "_BYTES_AT_ONCE", 4_000)
 
 
@@ -203,18 +203,18 @@ def test_an_encoder_with_a_weights_file_travels_without_its_weights(tmp_path):
 def test_interrupted_runs_are_not_embedded_twice(textured, monkeypatch, tmp_path):
     monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
     expected = hx.pp.embed(textured, made("morphology"), copy=True)
-    maps = morphology.Morphology._maps
+    sweep = morphology.Morphology._sweep
     seen = []
 
     def interrupting(self, slide, grid, xy, **how):
         seen.append(len(xy))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return maps(self, slide, grid, xy, **how)
+        return sweep(self, slide, grid, xy, **how)
 
     with hx.settings.override(cache_dir=tmp_path):
         with monkeypatch.context() as patch:
-            patch.setattr(morphology.Morphology, "_maps", interrupting)
+            patch.setattr(morphology.Morphology, "_sweep", interrupting)
             with pytest.warns(HespotexWarning, match="interrupted after"), pytest.raises(KeyboardInterrupt):
                 hx.pp.embed(textured, made("morphology"))
             done = sum(seen[:2])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._settings import settings
+from .._tasks import iter_tasks
 from ..errors import DataValueError, ModelMismatchError
 from ..image.color import is_void, stain_tables
 from ..image.features import Octaves, block_mean, level_names, window_means
@@ -25,21 +27,68 @@ COARSEST_UM = 44.0  # pixel of the coarsest octave: glands, vessels, nests
 CONTEXT_TILES = 3.0
 HALO_CELLS = 4  # a map at the border of a block depends on less than three cells beyond it
 COLOUR_NAMES = ("h_mean", "e_mean", "residual_mean", "h_square", "e_square", "residual_square", "he_product")
-_BLOCK_PX = 1024
+_BLOCK_PX = 512  # larger ones take more memory and no less time
+_PART_PX = 8192  # widest part of a slide that is swept at once: what is in memory grows with it; half as high as long
+_PIECE_PX = 4096  # of a band, for what takes several times the maps' own memory
 _CENTRES_AT_ONCE = 65_536
-_CELLS_AT_ONCE = 1_000_000  # with about 100 maps of 4 bytes, 0.4 GB: the part of a slide that is in memory at a time
+_THREADS = 3  # as many keep up with the one that decodes
 
 
 @dataclass(frozen=True)
 class _Maps:
     """Maps of a part of a slide that share a cell size.
 
-    `values` (m, h, w) starts at row `top` of the working grid; a cell is `side` working pixels wide.
+    `values` (m, h, w) start at pixel `corner` (x, y) of the working grid; a cell is `side` working pixels wide.
     """
 
     values: np.ndarray
     side: int
-    top: int
+    corner: tuple[int, int]
+
+
+class _Band:
+    """Maps of the rows of cells that a sweep down the slide has passed last.
+
+    Parameters
+    ----------
+    count
+        Number of maps.
+    corner
+        Where the sweep begins, (x, y) on the working grid.
+    shape
+        Height of the band and width of the sweep in working pixels.
+    cell
+        Side of a cell in working pixels.
+    """
+
+    def __init__(self, count: int, corner: tuple[int, int], shape: tuple[int, int], cell: int) -> None:
+        self.left, self.bottom = corner  # `bottom` is the first row that was not passed yet
+        self._first, self._height, self._cell = corner[1], shape[0], cell
+        self._values = np.zeros((count, shape[0] // cell, -(-shape[1] // cell)), np.float32)
+
+    def scroll(self, bottom: int) -> None:
+        """Move down to where the last row ends at `bottom`."""
+        cells = min((bottom - self.bottom) // self._cell, self._values.shape[1])
+        kept = self._values.shape[1] - cells
+        for values in self._values:  # one by one, as numpy copies what overlaps
+            values[:kept] = values[cells:]
+            values[kept:] = 0
+        self.bottom = bottom
+
+    def fill(self, x: int, values: np.ndarray, height: int) -> None:
+        """Set the maps of a block (m, h, w) that begins at `x` and `height` working pixels above the bottom."""
+        row, column = self._values.shape[1] - height // self._cell, (x - self.left) // self._cell
+        target = self._values[:, row : row + values.shape[1], column : column + values.shape[2]]
+        target[:] = values[:, :, : target.shape[2]]
+
+    def window(self, left: float, right: float, grid: WorkingGrid, unit: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Maps between two columns of the grid, widened to whole `unit` pixels, and where they begin (x, y)."""
+        top = max(self.bottom - self._height, self._first)
+        begin = max(int(left // unit * unit), self.left)
+        end, bottom = min(int(-(-right // unit) * unit), grid.shape[1]), min(self.bottom, grid.shape[0])
+        row, column = (top - self.bottom + self._height) // self._cell, (begin - self.left) // self._cell
+        rows, columns = -(-(bottom - top) // self._cell), -(-(end - begin) // self._cell)
+        return self._values[:, row : row + rows, column : column + columns], (begin, top)
 
 
 class Morphology(Encoder):
@@ -129,6 +178,7 @@ class Morphology(Encoder):
         if self.context_um:
             self._windows["context"] = self.context_um
         self._map_names = [*COLOUR_NAMES, *(name for level in range(self._levels) for name in level_names(level))]
+        self._n_fine = len(COLOUR_NAMES) + sum(len(level_names(level)) for level in range(self._fine))
         self.n_features = len(self._map_names) * len(self._windows)
         self._tables = stain_tables()
 
@@ -155,75 +205,91 @@ class Morphology(Encoder):
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (row indices (b,), features (b, n_features) float32), in horizontal parts of the slide.
+        """Yield (row indices (b,), features (b, n_features) float32), part by part of the slide from top to bottom.
 
-        `device` is ignored, and `batch_size` a lower bound: it takes longer to set up a part than to read it off.
+        `device` and `batch_size` are ignored: the maps are computed once for all tiles around, in
+        ``settings.n_jobs`` threads, three at most.
         """
         from ..image.stream import working_grid
 
         grid = working_grid(slide, self.mpp)
         xy = grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2))
-        for rows in self._parts(xy, grid):
-            maps = self._maps(slide, grid, xy[rows], progress_bar=progress_bar)
-            for start in range(0, len(rows), max(batch_size, _CENTRES_AT_ONCE)):
-                chunk = rows[start : start + max(batch_size, _CENTRES_AT_ONCE)]
-                yield chunk, self._features(maps, xy[chunk], grid)
+        for part in self._parts(xy, grid):
+            for ready, band in self._sweep(slide, grid, xy[part], progress_bar=progress_bar):
+                for rows in self._pieces(xy, part[ready]):
+                    yield rows, self._features(self._maps(band, xy[rows], grid), xy[rows], grid)
 
     def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
-        """Horizontal parts of the slide: their maps are computed apart in any case."""
+        """Parts of the slide that are swept one after another in any case."""
         from ..image.stream import working_grid
 
         grid = working_grid(slide, self.mpp)
-        return list(self._parts(grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2)), grid))
+        return self._parts(grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2)), grid)
 
     def _reach(self, grid: WorkingGrid) -> float:
         """Working pixels around a centre that its features depend on."""
         # Above the cells each octave is smoothed by two of its pixels, and the coarsest grid is aligned to its own.
         return max(self._windows.values()) / grid.mpp / 2 + 3.0 * 2**self._levels
 
-    def _parts(self, xy: np.ndarray, grid: WorkingGrid) -> Iterator[np.ndarray]:
-        """Row indices of the centres in horizontal parts of bounded memory."""
-        if not len(xy):
-            return
-        cells_per_row = max(grid.shape[1] / 2**self._fine, 1)
-        height = max(_CELLS_AT_ONCE / cells_per_row * 2**self._fine - 2 * self._reach(grid), 2 * self._reach(grid))
-        order = np.argsort(xy[:, 1], kind="stable")
-        part = np.floor(xy[order, 1] / height)
-        yield from np.split(order, np.flatnonzero(np.diff(part)) + 1)
+    def _parts(self, xy: np.ndarray, grid: WorkingGrid) -> list[np.ndarray]:
+        """Row indices of the centres in equal rectangles of the slide, one below another."""
+        limits = np.array([_PART_PX, 2 * _PART_PX])
+        sides = np.array(grid.shape[::-1]) / np.ceil(np.array(grid.shape[::-1]) / limits)
+        column, row = np.floor(xy / sides).T
+        order = np.lexsort((row, column))
+        changes = (np.diff(column[order]) != 0) | (np.diff(row[order]) != 0)
+        return np.split(order, np.flatnonzero(changes) + 1) if len(order) else []
 
-    def _maps(self, slide: Slide, grid: WorkingGrid, xy: np.ndarray, *, progress_bar: bool) -> list[_Maps]:
-        """All maps of the part of the slide that `xy` depend on; elsewhere they hold no meaning."""
-        from ..image.stream import iter_blocks
+    def _pieces(self, xy: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """`rows` in groups that lie near each other along x."""
+        rows = rows[np.argsort(xy[rows, 0], kind="stable")]
+        for piece in np.split(rows, np.flatnonzero(np.diff(xy[rows, 0] // _PIECE_PX)) + 1):
+            yield from np.split(piece, range(_CENTRES_AT_ONCE, len(piece), _CENTRES_AT_ONCE))
+
+    def _sweep(
+        self, slide: Slide, grid: WorkingGrid, xy: np.ndarray, *, progress_bar: bool
+    ) -> Iterator[tuple[np.ndarray, _Band]]:
+        """Yield row indices of `xy` and, while it is in memory, the band of maps that their features depend on."""
+        from ..image.stream import block_corners, iter_blocks
 
         cell, unit = 2**self._fine, 2**self._levels
-        block_px = unit * max(_BLOCK_PX // unit, 1)
         reach = self._reach(grid)
-        top = int(np.clip((xy[:, 1].min() - reach) // unit * unit, 0, grid.shape[0] // unit * unit))
-        bottom = int(min(-(-(xy[:, 1].max() + reach) // unit) * unit, grid.shape[0]))
-        rows, columns = max(-(-(bottom - top) // cell), 1), -(-grid.shape[1] // cell)
+        left, top = (int(max(start - reach, 0) // unit * unit) for start in xy.min(axis=0))
+        width = min(int(-(-(xy[:, 0].max() + reach) // unit) * unit), grid.shape[1]) - left
+        block_px = unit * -(-width // (unit * max(round(width / _BLOCK_PX), 1)))  # so that few columns are in vain
+        boxes = grid.to_pixels(np.stack([xy - reach, xy + reach], axis=1)).reshape(-1, 4)
+        corners = block_corners(grid, block_px, boxes, origin=(top, left))
+        reading: dict[str, Any] = {"mpp": self.mpp, "block_px": block_px, "halo_px": HALO_CELLS * cell}
+        blocks = iter_blocks(slide, corners=corners, **reading, progress_bar=progress_bar)
 
-        n_maps = len(COLOUR_NAMES) + sum(len(level_names(level)) for level in range(self._fine))
-        fine = np.zeros((n_maps, rows, columns), np.float32)
-        state = np.zeros((Octaves.width(self._fine), rows, columns), np.float32)
-        blocks = iter_blocks(
-            slide,
-            mpp=self.mpp,
-            block_px=block_px,
-            halo_px=HALO_CELLS * cell,
-            boxes=grid.to_pixels(np.stack([xy - reach, xy + reach], axis=1)).reshape(-1, 4),
-            progress_bar=progress_bar,
-        )
-        for block in blocks:
-            first = (block.y - top) // cell
-            column = block.x // cell
-            for target, source in zip((fine, state), self._fine_maps(block), strict=True):
-                part = source[:, max(-first, 0) : rows - first]
-                y = max(first, 0)
-                target[:, y : y + part.shape[1], column : column + part.shape[2]] = part
-        return [_Maps(fine, cell, top), *self._coarse_maps(state, top)]
+        shape = (block_px + int(-(-2 * reach // unit)) * unit, width)
+        band = _Band(self._n_fine + Octaves.width(self._fine), (left, top), shape, cell)
+        order = np.argsort(xy[:, 1], kind="stable")
+        heights, done = xy[order, 1], 0
+        for x, y, values in iter_tasks(self._fine_maps, blocks, n_jobs=min(settings.n_jobs, _THREADS)):
+            if y + block_px > band.bottom:  # the first of a row of blocks: all above are there
+                ready = int(np.searchsorted(heights, band.bottom - reach, side="right"))
+                if ready > done:
+                    yield order[done:ready], band
+                    done = ready
+                band.scroll(y + block_px)
+            band.fill(x, values, block_px)
+        yield order[done:], band
 
-    def _fine_maps(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """Maps of the octaves within a cell, and the state of the pyramid at cells, for the core of a block."""
+    def _maps(self, band: _Band, xy: np.ndarray, grid: WorkingGrid) -> list[_Maps]:
+        """All maps around `xy`, of which the band holds the finest and the state of the pyramid above them."""
+        unit = 2 ** (self._levels - self._fine)
+        reach = self._reach(grid)
+        values, corner = band.window(xy[:, 0].min() - reach, xy[:, 0].max() + reach, grid, 2**self._levels)
+        maps = [_Maps(values[: self._n_fine], 2**self._fine, corner)]
+        pad = [(0, -size % unit) for size in values.shape[1:]]
+        octaves = Octaves.restore(self._fine, np.pad(values[self._n_fine :], [(0, 0), *pad], mode="edge"))
+        for level in range(self._fine, self._levels):
+            maps.append(_Maps(np.stack(octaves.step()), 2**level, corner))
+        return maps
+
+    def _fine_maps(self, block: Block) -> tuple[int, int, np.ndarray]:
+        """Position (x, y) of a block and, of its core, maps of the octaves within a cell and the pyramid's state there."""
         cell = 2**self._fine
         core = [-(-(stop.stop - stop.start) // cell) for stop in block.core]
         # The core is made up to whole cells at the cost of the halo behind it, of which one cell is spare for that.
@@ -241,23 +307,18 @@ class Morphology(Encoder):
         octaves = Octaves(dyes[:2])
         for level in range(self._fine):
             maps.extend(block_mean(values[None], cell >> level) for values in octaves.step())
-        return np.concatenate(maps)[:, *inside], octaves.state()[:, *inside]
-
-    def _coarse_maps(self, state: np.ndarray, top: int) -> Iterator[_Maps]:
-        """Maps of the octaves of a cell and above, for the whole part at once."""
-        unit = 2 ** (self._levels - self._fine)
-        pad = [(0, -size % unit) for size in state.shape[1:]]
-        octaves = Octaves.restore(self._fine, np.pad(state, [(0, 0), *pad], mode="edge"))
-        for level in range(self._fine, self._levels):
-            yield _Maps(np.stack(octaves.step()), 2**level, top)
+        return block.x, block.y, np.concatenate([*maps, octaves.state()])[:, *inside]
 
     def _features(self, maps: list[_Maps], xy: np.ndarray, grid: WorkingGrid) -> np.ndarray:
         """Features of windows around `xy` on the working grid."""
         out = []
         for part in maps:
             sides = [side / grid.mpp / part.side for side in self._windows.values()]
-            size = (grid.shape[1] / part.side, min((grid.shape[0] - part.top) / part.side, part.values.shape[1]))
-            out.append(window_means(part.values, (xy - (0, part.top)) / part.side, sides, size=size))
+            width, height = (
+                min((whole - start) / part.side, cells)
+                for whole, start, cells in zip(grid.shape[::-1], part.corner, part.values.shape[:0:-1], strict=True)
+            )
+            out.append(window_means(part.values, (xy - part.corner) / part.side, sides, size=(width, height)))
         means = np.concatenate(out, axis=2)
         for index, name in enumerate(self._map_names):
             values = means[:, :, index]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["fingerprint"]
 
 OVERVIEW_PX = 1_000_000
-SAMPLES = 48  # a chunk is decoded for each: a fraction of a second
+SAMPLES = 16  # a chunk is decoded for each: a tenth of a second
 WINDOW_PX = 32
 
 

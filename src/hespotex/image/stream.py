@@ -321,21 +321,23 @@ def _resize(window: np.ndarray, low: np.ndarray, side: np.ndarray, tile_px: int)
     return np.asarray(Image.fromarray(window).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box=box))
 
 
-def block_corners(grid: WorkingGrid, block_px: int, boxes: np.ndarray | None = None) -> np.ndarray:
+def block_corners(
+    grid: WorkingGrid, block_px: int, boxes: np.ndarray | None = None, *, origin: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """First core pixel (y, x) of each block of a grid, or of those that `boxes` meet, (n, 2), along rows.
 
-    Parameters are those of :func:`iter_blocks`.
+    Blocks begin at `origin` (y, x); other parameters are those of :func:`iter_blocks`.
     """
-    rows, columns = (-(-size // block_px) for size in grid.shape)
+    rows, columns = (-(-(size - start) // block_px) for size, start in zip(grid.shape, origin, strict=True))
     wanted = np.ones((rows, columns), dtype=bool)
     if boxes is not None:
         wanted[:] = False
-        boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 2, 2)
-        low = np.floor(grid.from_pixels(boxes[:, 0]) / block_px).astype(int).clip(0)
-        high = np.ceil(grid.from_pixels(boxes[:, 1]) / block_px).astype(int)
+        places = grid.from_pixels(np.asarray(boxes, dtype=np.float64).reshape(-1, 2, 2)) - origin[::-1]
+        low = np.floor(places[:, 0] / block_px).astype(int).clip(0)
+        high = np.ceil(places[:, 1] / block_px).astype(int).clip(0)
         for (x0, y0), (x1, y1) in np.unique(np.stack([low, high], axis=1), axis=0):
             wanted[y0:y1, x0:x1] = True
-    return np.argwhere(wanted) * block_px
+    return np.argwhere(wanted) * block_px + origin
 
 
 def _blocks(
