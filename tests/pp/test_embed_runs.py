@@ -13,7 +13,7 @@ from hespotex.data import partial
 from hespotex.data.geometry import resolve_slide
 from hespotex.encoders import EncoderInfo, TileEncoder, _base, create, dense, from_module, morphology, pyramid
 from hespotex.errors import DataTypeError, DataValueError, HespotexWarning, MissingWeightsError
-from hespotex.pp import _embed
+from hespotex.pp import _embed, _embed_rows
 
 
 class Means(TileEncoder):
@@ -186,16 +186,16 @@ def test_an_encoder_with_a_weights_file_travels_without_its_weights(tmp_path):
     network = timm.create_model("resnet10t", pretrained=False, num_classes=0)
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     encoder = create("timm:resnet10t", weights=tmp_path / "w.safetensors", tile_px=32)
-    packed = pickle.dumps(_embed._Travelling(encoder))
+    packed = pickle.dumps(_embed_rows._Travelling(encoder))
     assert len(packed) < 10_000
     other = pickle.loads(packed).encoder
     assert other.params() == encoder.params()
     tiles = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     np.testing.assert_array_equal(other.encode(tiles, "cpu"), encoder.encode(tiles, "cpu"))
-    assert pickle.loads(pickle.dumps(_embed._Travelling(Means()))).encoder.params() == Means().params()
+    assert pickle.loads(pickle.dumps(_embed_rows._Travelling(Means()))).encoder.params() == Means().params()
     for around in ("dense", "pyramid"):
         encoder = create(f"{around}:timm:resnet10t", weights=tmp_path / "w.safetensors", tile_px=64)
-        packed = pickle.dumps(_embed._Travelling(encoder))
+        packed = pickle.dumps(_embed_rows._Travelling(encoder))
         assert len(packed) < 10_000
         assert pickle.loads(packed).encoder.params() == encoder.params()
 
@@ -298,7 +298,7 @@ def test_the_name_of_a_weights_file_is_no_part_of_the_embedding(section, tmp_pat
     options = {"tile_px": 32, "tile_um": 32.0}
     hx.pp.embed(section, "timm:resnet10t", weights=file, **options)
     file = file.rename(tmp_path / "other.safetensors")
-    monkeypatch.setattr(_embed, "_compute", None)  # is not called
+    monkeypatch.setattr(_embed, "compute_features", None)  # is not called
     hx.pp.embed(section, "timm:resnet10t", weights=file, **options)
     with pytest.raises(TypeError, match="NoneType"):
         hx.pp.embed(section, "timm:resnet10t", weights=file, tile_px=32, tile_um=40.0)

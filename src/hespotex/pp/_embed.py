@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,32 +10,17 @@ import numpy as np
 
 from .._keys import Keys, check_key, sanitize
 from .._logging import logger
-from .._settings import settings
-from .._tasks import check_client, iter_tasks
-from ..data.geometry import Slide, check_on_image, shape_centres, shape_radius
+from .._tasks import check_client
 from ..data.partial import PartialRows
 from ..data.provenance import digest, read_record, record
-from ..data.tables import (
-    AnnotatedTable,
-    mark_table,
-    resolve_shapes_key,
-    resolve_slides,
-    resolve_table,
-    row_positions,
-    table_role,
-)
+from ..data.tables import AnnotatedTable, resolve_shapes_key, resolve_table, table_role
 from ..data.transaction import restored_on_error
-from ..encoders import Encoder, as_encoder, check_resolution, create, identifying
-from ..errors import (
-    AmbiguousKeyError,
-    DataTypeError,
-    DataValueError,
-    GeometryError,
-    MissingKeyError,
-    MissingWeightsError,
-)
+from ..encoders import Encoder, as_encoder, check_resolution, identifying
+from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
 from ..image.fingerprint import fingerprint
+from ._embed_rows import compute_features
 from ._free import check_elements_free, check_slot_free
+from ._places import Place, new_table, resolve_places, spot_radius
 
 if TYPE_CHECKING:
     import torch
@@ -44,16 +28,7 @@ if TYPE_CHECKING:
     from distributed import Client
     from spatialdata import SpatialData
 
-__all__ = [
-    "Place",
-    "check_batch_size",
-    "embed",
-    "embed_places",
-    "new_table",
-    "resolve_encoder",
-    "resolve_places",
-    "spot_radius",
-]
+__all__ = ["check_batch_size", "embed", "embed_places", "resolve_encoder"]
 
 # Side of a tile on superpixels, in cells: what is measured of a cell needs a few nuclei, its colour only itself.
 _CELLS_PER_TILE = {"morphology": 2.0, "rgb": 1.0}
@@ -238,22 +213,12 @@ def embed_places(
     if not copy:
         _check_free(sdata, table, key, name)
     partial = PartialRows(identity, (table.adata.n_obs, encoder.n_features))
-    features = _compute(encoder, places, partial, batch_size, device, client, progress_bar=progress_bar)
+    features = compute_features(encoder, places, partial, batch_size, device, client, progress_bar=progress_bar)
     if copy:
         return features
     padded = _padded(encoder, places, table.adata.n_obs)
     _write(sdata, table, name, key, features, padded, encoder, places, identity)
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Rows of a table, where they lie, and on which slide."""
-
-    shapes_key: str
-    slide: Slide
-    rows: np.ndarray
-    centres: np.ndarray
 
 
 def resolve_encoder(encoder: Any, *, mpp: float | None, tile_um: float | None, **options: Any) -> Encoder:
@@ -287,53 +252,6 @@ def _resolve_table(sdata: SpatialData, shapes_key: str | None, table_key: str | 
     return new_table(sdata, shapes_key) if table_role(table.key or "", table.adata) == "prediction" else table
 
 
-def new_table(
-    sdata: SpatialData,
-    shapes_key: str,
-    *,
-    role: Literal["embedding", "nuclei"] = "embedding",
-    columns: Mapping[str, np.ndarray] | None = None,
-) -> AnnotatedTable:
-    """A table of the shapes that is not in the object yet; `columns` are values by name of the variable."""
-    import pandas as pd
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
-    ids = sdata.shapes[shapes_key].index
-    if len(ids) == 0:
-        raise DataValueError(f"shapes {shapes_key!r} are empty")
-    instance_key = Keys.NUCLEUS_ID if role == "nuclei" else Keys.TILE_ID if shapes_key == Keys.TILES else Keys.INSTANCE
-    obs = pd.DataFrame(
-        {Keys.REGION: pd.Categorical([shapes_key] * len(ids)), instance_key: ids.to_numpy()}, index=ids.astype(str)
-    )
-    values = np.zeros((len(ids), 0)) if columns is None else np.column_stack(list(columns.values()))
-    adata = TableModel.parse(
-        AnnData(values.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(list(columns or ()), dtype=str))),
-        region=shapes_key,
-        region_key=Keys.REGION,
-        instance_key=instance_key,
-    )
-    mark_table(adata, role)
-    return AnnotatedTable(
-        adata=adata,
-        key=None,
-        regions=(shapes_key,),
-        region=np.zeros(len(ids), dtype=np.int64),
-        instances=ids.to_numpy(),
-    )
-
-
-def resolve_places(sdata: SpatialData, table: AnnotatedTable, image_key: str | Mapping[str, str] | None) -> list[Place]:
-    """Where the rows of the table lie, region by region."""
-    places = []
-    for name, slide in resolve_slides(sdata, table, image_key).items():
-        rows, positions = row_positions(sdata, table, name)
-        centres = shape_centres(sdata, name, slide)[positions]
-        check_on_image(slide, centres, f"shapes of {name!r}")
-        places.append(Place(name, slide, rows, centres))
-    return places
-
-
 def _identity(encoder: Encoder, places: list[Place], depends_on: tuple[Any, ...]) -> str:
     """Equal if and only if the same features would come out."""
     return digest(
@@ -356,100 +274,6 @@ def _stored(adata: AnnData, key: str, identity: str) -> np.ndarray | None:
     return np.asarray(features)
 
 
-def _compute(
-    encoder: Encoder,
-    places: list[Place],
-    partial: PartialRows,
-    batch_size: int | Literal["auto"] | None,
-    device: str | None,
-    client: Client | None,
-    *,
-    progress_bar: bool | None,
-) -> np.ndarray:
-    """Features of all rows; what is finished is kept if the work is interrupted."""
-    device = device or settings.device
-    if batch_size == "auto":
-        batch_size = encoder.fitting_batch_size(device)
-        logger.info("embed: batches of %d tiles", batch_size or settings.batch_size)
-    how: dict[str, Any] = {"batch_size": batch_size or settings.batch_size, "device": device}
-    shown = settings.progress_bar if progress_bar is None else progress_bar
-    with partial:
-        for place in places:
-            runs = encoder.runs(place.slide, place.centres, batch_size=how["batch_size"])
-            todo = [run for run in runs if not partial.done[place.rows[run]].all()]
-            if client is None:
-                found = encoder.embed_runs(place.slide, place.centres, todo, **how, progress_bar=shown)
-            else:
-                found = _on_cluster(encoder, place, todo, how, client, progress_bar=shown)
-            for number, values in found:
-                _check_finite(encoder, values)  # before it is kept: the same call would find it again
-                partial.write(place.rows[todo[number]], values)
-        if not partial.done.all():
-            raise DataValueError(f"encoder {encoder.name!r} left out {int((~partial.done).sum())} tiles")
-    partial.discard()
-    return partial.values()
-
-
-def _check_finite(encoder: Encoder, values: np.ndarray) -> None:
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        narrow = encoder.params().get("dtype") == "float16"
-        raise DataValueError(
-            f"encoder {encoder.name!r} gave NaN or infinite features for {int(bad.sum())} of {len(values)} tiles"
-            + ("; float16 may be too narrow for it, take dtype='bfloat16'" if narrow else "")
-        )
-
-
-def _on_cluster(
-    encoder: Encoder,
-    place: Place,
-    runs: list[np.ndarray],
-    how: dict[str, Any],
-    client: Client,
-    *,
-    progress_bar: bool,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """What ``encoder.embed_runs`` yields, a run a task."""
-    from tqdm.auto import tqdm
-
-    shared = {"travelling": _Travelling(encoder), "slide": place.slide, "how": how}
-    tasks = (place.centres[run] for run in runs)
-    results = iter_tasks(_embed_run, tasks, shared=shared, client=client)
-    bar = tqdm(results, total=len(runs), unit="run", desc="tiles", disable=not progress_bar or len(runs) < 2)
-    yield from enumerate(bar)
-
-
-class _Travelling:
-    """An encoder on its way to a worker, where one with a weights file is made anew: gigabytes need not travel."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        file = self.encoder.weights_file()
-        if file is None:
-            return _Travelling, (self.encoder,)
-        return _made_there, (self.encoder.params(), str(file.absolute()), self.encoder.is_compiled)
-
-
-def _made_there(params: dict[str, Any], weights: str, is_compiled: bool) -> _Travelling:  # noqa: FBT001  pickle calls it so
-    try:
-        encoder = create(**params, weights=weights)
-    except MissingWeightsError as error:
-        raise MissingWeightsError(
-            f"a worker of client= lacks the weights of encoder {params['name']!r}, which must lie under the same path there: "
-            f"{error}"
-        ) from error
-    if is_compiled:
-        encoder.compile()
-    return _Travelling(encoder)
-
-
-def _embed_run(centres: np.ndarray, travelling: _Travelling, slide: Slide, how: dict[str, Any]) -> np.ndarray:
-    ((_, values),) = travelling.encoder.embed_runs(slide, centres, [np.arange(len(centres))], **how, progress_bar=False)
-    return values
-
-
 def _padded(encoder: Encoder, places: list[Place], n_obs: int) -> np.ndarray:
     padded = np.zeros(n_obs, dtype=bool)
     for place in places:
@@ -470,14 +294,6 @@ def _check_free(sdata: SpatialData, table: AnnotatedTable, key: str, name: str) 
     check_slot_free(table.adata, "obs", _padded_key(key), maker="embed", note=key)
     if table.key is None:
         check_elements_free(sdata, {name: "tables"}, key_added=name, maker="embed", is_ours=lambda _: False)
-
-
-def spot_radius(sdata: SpatialData, places: list[Place]) -> float | None:
-    """Median over the regions, for laying tiles of the same size on other slides; points have none."""
-    try:
-        return float(np.median([shape_radius(sdata, place.shapes_key, place.slide) for place in places]))
-    except GeometryError:
-        return None
 
 
 def _write(

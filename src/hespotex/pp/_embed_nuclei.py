@@ -18,8 +18,9 @@ from ..encoders import Encoder, TileEncoder
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError
 from ..segmentation._outline import FEATURES
 from ..segmentation._polygons import SHAPE_FEATURES, largest_pieces, measure_polygons
-from ._embed import Place, check_batch_size, embed_places, new_table, resolve_encoder, resolve_places
+from ._embed import check_batch_size, embed_places, resolve_encoder
 from ._free import check_slot_free
+from ._places import Place, new_table, resolve_places
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -19,8 +19,8 @@ from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, GeometryE
 from ..image._squidpy import quality_metric
 from ..image.quality import FoldReference, blank_share, fit_folds, focus, fold_share, pen_share
 from ..image.stream import iter_tiles
-from ._embed import Place, resolve_places
 from ._free import check_slot_free
+from ._places import Place, resolve_places
 
 if TYPE_CHECKING:
     import pandas as pd

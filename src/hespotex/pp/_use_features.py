@@ -13,8 +13,8 @@ from ..data.provenance import digest, record
 from ..data.tables import AnnotatedTable, is_derived, mark_table, resolve_table, row_positions
 from ..data.transaction import restored_on_error
 from ..errors import DataTypeError, DataValueError, MissingKeyError
-from ._embed import resolve_places, spot_radius
 from ._free import check_slot_free
+from ._places import resolve_places, spot_radius
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
