@@ -24,8 +24,9 @@ from hespotex.data.section import Section, Targets
 from hespotex.errors import DataValueError, HespotexWarning, ModelMismatchError, WorkerError
 from hespotex.models import Run, _distributed
 from hespotex.models._distributed import Group
+from hespotex.models._order import Order
 from hespotex.models._store import recall, remember
-from hespotex.models._training import _check_group, _means, _Order, fit_lightning
+from hespotex.models._training import _check_group, _means, fit_lightning
 from hespotex.models.mlp import MLP
 
 ensure_torchvision()
@@ -113,7 +114,7 @@ def test_processes_share_each_step_of_one_that_accumulates(n_items, n_processes,
         """Weight of each item in the mean of each step."""
         found: list[dict[int, float]] = []
         for rank in range(size):
-            order = _Order(range(n_items), 5, shuffle=True, group=Group(rank, size), accumulate=accumulate)
+            order = Order(range(n_items), 5, shuffle=True, group=Group(rank, size), accumulate=accumulate)
             assert len(order) == -(-n_items // size)
             for batch, item in enumerate(order):
                 step = batch // accumulate
@@ -287,7 +288,7 @@ class Differing(Group):
 
 
 def test_processes_that_differ_are_told_so(items):
-    order = _Order(items, 3, shuffle=True, group=Group(0, 2))
+    order = Order(items, 3, shuffle=True, group=Group(0, 2))
     _check_group(Differing(), Linear(), order, 0, None, None, "fit")
     with pytest.raises(ModelMismatchError, match="differ in batches; give all of them the same sections"):
         _check_group(Differing(batches=(7, 7, 0)), Linear(), order, 0, None, None, "fit")
@@ -296,7 +297,7 @@ def test_processes_that_differ_are_told_so(items):
     with pytest.raises(DataValueError, match="normalises by batch"):
         _check_group(Differing(), Linear(norm=True), order, 0, None, None, "fit")
     with pytest.warns(HespotexWarning, match="has 1 batches, so that only as many of 2"):
-        _check_group(Differing(), Linear(), _Order(items[:1], 3, shuffle=True), 0, None, None, "fit")
+        _check_group(Differing(), Linear(), Order(items[:1], 3, shuffle=True), 0, None, None, "fit")
 
 
 def test_train_takes_the_numbers(section):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..data.section import Section
     from ._base import Model, Run
 
-__all__ = ["Group", "fit_together", "group_of", "sized"]
+__all__ = ["ALONE", "Group", "fit_together", "group_of", "sized"]
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
 _PATIENCE = timedelta(hours=2)  # of a process with others, which may have the larger sections to prepare
@@ -58,12 +58,15 @@ class Group:
         return values
 
 
+ALONE = Group()
+
+
 def group_of(run: Run) -> Group:
     """The processes that take part in `run`; they are together already."""
     import torch.distributed
 
     if run.n_processes == 1:
-        return Group()
+        return ALONE
     return Group(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

@@ -7,18 +7,15 @@ optimiser step sees, such as the tensors of a section. ``training_step`` returns
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +26,9 @@ from .._logging import logger
 from .._optional import optional_import
 from ..errors import DataValueError, HespotexWarning, ModelMismatchError
 from ._base import Run
-from ._distributed import Group, group_of
+from ._distributed import ALONE, Group, group_of
+from ._order import UNWEIGHTED, Order, weighted_steps
+from ._state import read_state, state_key, write_state
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +38,6 @@ __all__ = ["Fit", "fit_lightning", "forget_checkpoints"]
 
 # An interrupted fit loses at most this many times what writing its state takes, and writing costs 5 % at most.
 _SAVE_EVERY = 20
-_UNWEIGHTED = "unweighted loss"
-_ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Fit:
     best_epoch: int
     best_score: float
     checkpoint: Path | None = None
-    group: Group = _ALONE
+    group: Group = ALONE
 
 
 def fit_lightning(
@@ -157,11 +154,11 @@ def fit_lightning(
     if run.checkpoint_dir is not None:
         loop = (max_epochs, monitor, mode, patience, validate_every, gradient_clip, shuffle)
         settings = (*loop, run.seed, device.type, precision, group.size, run.accumulate_grad_batches)
-        mark = _fingerprint(module, items, validation, settings)
+        mark = state_key(module, items, validation, settings)
         path = Path(run.checkpoint_dir) / f"{name}-{mark[:20]}.ckpt"
-    order = _Order(items, run.seed, shuffle=shuffle, visit=visit, group=group, accumulate=run.accumulate_grad_batches)
+    order = Order(items, run.seed, shuffle=shuffle, visit=visit, group=group, accumulate=run.accumulate_grad_batches)
     watcher = _watcher(order, path, monitor=monitor, mode=mode, patience=patience, max_epochs=max_epochs, name=name)
-    saved = None if path is None else _read(path)
+    saved = None if path is None else read_state(path)
     if group.size > 1:
         _check_group(group, module, order, len(validation), path, saved, name)
     if saved is not None:
@@ -176,7 +173,7 @@ def fit_lightning(
         _restored_flags(),
         _forked(device),
         _progress(watcher, run, max_epochs, name),
-        _weighted_steps(module, order),
+        weighted_steps(module, order),
     ):
         trainer = lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -200,7 +197,7 @@ def fit_lightning(
             trainer.fit(
                 module,
                 train_dataloaders=order,
-                val_dataloaders=_Order(validation, run.seed, shuffle=False) if len(validation) else None,
+                val_dataloaders=Order(validation, run.seed, shuffle=False) if len(validation) else None,
                 ckpt_path=None if saved is None else str(path),
                 weights_only=True,
             )
@@ -215,78 +212,6 @@ def forget_checkpoints(*fits: Fit) -> None:
             fit.group.gather(None)
             if fit.group.rank == 0:
                 fit.checkpoint.unlink(missing_ok=True)
-
-
-class _Order:
-    """Items in an order that depends on seed and epoch alone; what Lightning takes for a data loader.
-
-    Of several processes each takes every so many items. All need as many: where the items do not suffice, a process
-    repeats one, with weight 0.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Any],
-        seed: int,
-        *,
-        shuffle: bool,
-        visit: Callable[[int], Sequence[int]] | None = None,
-        group: Group = _ALONE,
-        accumulate: int = 1,
-    ) -> None:
-        self.items, self.seed, self.shuffle, self.visit, self.epoch = items, seed, shuffle, visit, 0
-        self.group, self.per_step = group, group.size * accumulate
-
-    @property
-    def n_visited(self) -> int:
-        """Items that all processes see in an epoch."""
-        return len(self.items) if self.visit is None else len(self.visit(0))
-
-    def __len__(self) -> int:
-        return -(-self.n_visited // self.group.size)
-
-    def __iter__(self) -> Iterator[Any]:
-        order = np.arange(len(self.items)) if self.visit is None else np.array(self.visit(self.epoch))
-        if self.shuffle and self.visit is None:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for batch in range(len(self)):
-            yield self.items[int(order[self.place(batch) % len(order)])]
-
-    def place(self, batch: int) -> int:
-        """Place in the epoch of a batch of this process."""
-        return batch * self.group.size + self.group.rank
-
-    def counts(self, batch: int) -> bool:
-        """Whether a batch of this process is not a mere repetition."""
-        return self.place(batch) < self.n_visited
-
-    def weight(self, batch: int) -> float:
-        """What makes the mean over the batches of a full step one over those that this step has."""
-        if not self.counts(batch):
-            return 0.0
-        first = self.place(batch) // self.per_step * self.per_step
-        return self.per_step / min(self.per_step, self.n_visited - first)
-
-
-@contextmanager
-def _weighted_steps(module: Any, order: _Order) -> Iterator[None]:
-    """Let the loss of each batch count as `order` says."""
-    if order.per_step == 1:
-        yield
-        return
-    step = module.training_step
-
-    @wraps(step)
-    def weighted(batch: Any, batch_idx: int) -> dict[str, Any]:
-        values = step(batch, batch_idx)
-        values = dict(values) if isinstance(values, Mapping) else {"loss": values}
-        return {**values, _UNWEIGHTED: values["loss"].detach(), "loss": order.weight(batch_idx) * values["loss"]}
-
-    module.training_step = weighted
-    try:
-        yield
-    finally:
-        del module.training_step
 
 
 def _strategy(device: torch.device, run: Run, group: Group) -> dict[str, Any]:
@@ -311,7 +236,7 @@ def _strategy(device: torch.device, run: Run, group: Group) -> dict[str, Any]:
 def _check_group(
     group: Group,
     module: Any,
-    order: _Order,
+    order: Order,
     n_validation: int,
     path: Path | None,
     saved: Mapping[str, Any] | None,
@@ -348,7 +273,7 @@ def _check_group(
 
 
 def _watcher(
-    order: _Order,
+    order: Order,
     path: Path | None,
     *,
     monitor: str | None,
@@ -411,9 +336,9 @@ def _watcher(
                 self.counts[prefix + key] = self.counts.get(prefix + key, 0) + 1
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if _UNWEIGHTED in outputs:
-                outputs = {**outputs, "loss": outputs[_UNWEIGHTED]}
-                del outputs[_UNWEIGHTED]
+            if UNWEIGHTED in outputs:
+                outputs = {**outputs, "loss": outputs[UNWEIGHTED]}
+                del outputs[UNWEIGHTED]
             if order.counts(batch_idx):
                 self._add(outputs, "")
 
@@ -454,7 +379,7 @@ def _watcher(
                 self.bar.update(1)
             if path is not None and (self.finished or due):
                 start = time.monotonic()
-                _write(trainer, path)
+                write_state(trainer, path)
                 self.saved_at = time.monotonic()
                 self.save_took = self.saved_at - start
 
@@ -480,77 +405,6 @@ def _means(sums: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, in
 def _mix(*numbers: int) -> int:
     """A seed for torch that differs for all (seed, epoch) and (seed, epoch, place in the epoch)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _write(trainer: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        trainer.save_checkpoint(staging)  # of several processes the first writes
-        if trainer.is_global_zero:
-            staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """The saved state, without unpickling objects; ``None`` if there is none or it is unreadable."""
-    import torch
-
-    if not path.is_file():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  # torch raises whatever a damaged archive provokes
-        warnings.warn(
-            f"the state of an interrupted fit in {path} cannot be read ({error}); training starts anew",
-            HespotexWarning,
-            stacklevel=3,
-        )
-        path.unlink()
-        return None
-
-
-def _fingerprint(module: Any, items: Sequence[Any], validation: Sequence[Any], settings: tuple[Any, ...]) -> str:
-    # The words of network and optimiser hold what their tensors do not: dropout, learning rate, weight decay. Those of a
-    # scheduler hold its address, which differs from run to run.
-    words = re.sub(r" at 0x[0-9a-f]+", "", repr((settings, module, module.configure_optimizers())))
-    digest = hashlib.sha256(words.encode())
-    digest.update(repr(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))).encode())
-    _absorb(digest, module.state_dict())
-    for sequence in (items, validation):
-        digest.update(f"|{len(sequence)}".encode())
-        for index in range(len(sequence)):
-            _absorb(digest, sequence[index])
-    return digest.hexdigest()
-
-
-def _absorb(digest: Any, value: Any) -> None:
-    """Feed the content of an item into a hash."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided:
-            value = value.to_sparse_coo().coalesce()
-            _absorb(digest, (value.indices(), value.values(), tuple(value.shape)))
-            return
-        array = value.detach().cpu().contiguous()
-        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        for key in value:
-            digest.update(str(key).encode())
-            _absorb(digest, value[key])
-    elif is_dataclass(value):
-        for part in fields(value):
-            _absorb(digest, getattr(value, part.name))
-    elif isinstance(value, tuple | list):
-        for part in value:
-            _absorb(digest, part)
-    elif hasattr(value, "to_dict"):  # torch_geometric's Data
-        _absorb(digest, value.to_dict())
-    else:
-        digest.update(repr(value).encode())
 
 
 @contextmanager
