@@ -2,9 +2,10 @@
 
     python benchmarks/million.py                          # 62,500, 250,000 and 1,000,000 bins
     python benchmarks/million.py run --bins 62500         # one size
+    python benchmarks/million.py run --bin-um 16 --bins 1000000
     python benchmarks/million.py table                    # Markdown of what was measured
 
-The section is made here: bins of 8 µm side by side on an image of 1 µm per pixel, counts that follow the image, 4 % of
+The section is made here: bins of 8 or 16 µm side by side on an image of 1 µm per pixel, counts that follow the image, 4 % of
 them not zero, a SpatialData store on disk. Every step runs in a process of its own, whose peak memory is that of the step
 with everything it has to load, and reads counts from disk. What is done is kept in ``benchmarks/results/million``
 (HESPOTEX_BENCHMARKS in place of ``benchmarks/results``): an interrupted run goes on with the next step.
@@ -25,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(os.environ.get("HESPOTEX_BENCHMARKS", Path(__file__).parent / "results")) / "million"
+FOLDER = Path(os.environ.get("HESPOTEX_BENCHMARKS", Path(__file__).parent / "results"))
 SIZES = (62_500, 250_000, 1_000_000)
-BIN_UM, MPP, N_GENES, N_FIELDS = 8.0, 1.0, 1000, 6
+MPP, N_GENES, N_FIELDS = 1.0, 1000, 6
 TILE_UM = 32.0  # of the morphology features: the bin and what is around it
 FILLED = 0.04
 ALL_GENES = {"method": "hvg", "n_top": N_GENES, "min_spots": 1}
@@ -44,12 +45,17 @@ def fields(side: int) -> np.ndarray:
     return (coarse / coarse.std(axis=(1, 2), keepdims=True)).astype(np.float32)
 
 
-def image(maps: np.ndarray, side: int):
+def results(bin_um: int) -> Path:
+    """Where what was measured lies."""
+    return FOLDER / ("million" if bin_um == 8 else f"million_{bin_um}um")
+
+
+def image(maps: np.ndarray, side: int, bin_um: int):
     """Pixels (3, y, x) of a section of side x side bins, painted block by block when they are read."""
     import dask.array as da
     from scipy.ndimage import gaussian_filter, map_coordinates
 
-    per_bin = int(BIN_UM / MPP)
+    per_bin = int(bin_um / MPP)
     size, block = side * per_bin, 1000
     haematoxylin, eosin = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
 
@@ -84,7 +90,7 @@ def count_blocks(maps: np.ndarray):
         yield sparse.csr_matrix(np.random.default_rng([3, start]).poisson(rate).astype(np.float32))
 
 
-def make(folder: Path, n: int) -> dict[str, float]:
+def make(folder: Path, n: int, bin_um: int) -> dict[str, float]:
     import anndata as ad
     import pandas as pd
     import shapely
@@ -99,9 +105,11 @@ def make(folder: Path, n: int) -> dict[str, float]:
     maps = fields(side)
     systems = {"global": Identity(), "microns": Scale([MPP, MPP], axes=("x", "y"))}
     row, column = np.divmod(np.arange(n), side)
-    corner = np.column_stack([column, row]) * BIN_UM / MPP
-    ids = np.char.add("s_008um_", np.char.add(np.char.zfill(row.astype(str), 5), np.char.zfill(column.astype(str), 5)))
-    squares = GeoDataFrame(geometry=shapely.box(*corner.T, *(corner + BIN_UM / MPP).T), index=np.arange(n))
+    corner = np.column_stack([column, row]) * bin_um / MPP
+    ids = np.char.add(
+        f"s_{bin_um:03d}um_", np.char.add(np.char.zfill(row.astype(str), 5), np.char.zfill(column.astype(str), 5))
+    )
+    squares = GeoDataFrame(geometry=shapely.box(*corner.T, *(corner + bin_um / MPP).T), index=np.arange(n))
     obs = pd.DataFrame(
         {
             "region": pd.Categorical.from_codes(np.zeros(n, dtype=np.int8), ["bins"]),
@@ -114,11 +122,13 @@ def make(folder: Path, n: int) -> dict[str, float]:
     table = ad.AnnData(
         obs=obs,
         var=pd.DataFrame(index=[f"gene{i}" for i in range(N_GENES)]),
-        obsm={"spatial": corner + BIN_UM / MPP / 2},
+        obsm={"spatial": corner + bin_um / MPP / 2},
     )
     sdata = sd.SpatialData(
         images={
-            "image": Image2DModel.parse(image(maps, side), dims="cyx", scale_factors=[2, 2], transformations=systems)
+            "image": Image2DModel.parse(
+                image(maps, side, bin_um), dims="cyx", scale_factors=[2, 2], transformations=systems
+            )
         },
         shapes={"bins": ShapesModel.parse(squares, transformations=dict(systems))},
         tables={"table": TableModel.parse(table, region="bins", region_key="region", instance_key="location_id")},
@@ -217,7 +227,6 @@ def open_(folder: Path, n: int) -> dict[str, float]:
 
 
 ACTIONS = {
-    "make": make,
     "graph": graph,
     "embed": embed,
     "train": train,
@@ -227,32 +236,31 @@ ACTIONS = {
 }
 
 
-def measure(step: str, n: int) -> dict[str, float | str]:
+def measure(step: str, n: int, bin_um: int) -> dict[str, float | str]:
     """Run one step; its time includes reading and writing, but not the import of the libraries."""
     import spatialdata  # noqa: F401
 
     import hespotex as hx
 
-    folder = RESULTS / str(n)
+    folder = results(bin_um) / str(n)
     folder.mkdir(parents=True, exist_ok=True)
     with hx.settings.override(cache_dir=folder / "cache"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start, used = time.perf_counter(), time.process_time()
-        found = ACTIONS[step](folder, n)
+        found = make(folder, n, bin_um) if step == "make" else ACTIONS[step](folder, n)
         seconds, cpu = time.perf_counter() - start, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"step": step, "bins": n, "seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak, **found}
 
 
-def run(sizes: list[int], steps: list[str], *, anew: bool) -> None:
+def run(sizes: list[int], steps: list[str], bin_um: int, *, anew: bool) -> None:
     for n in sizes:
         for step in steps:
-            place = RESULTS / str(n) / f"{step.replace(' ', '_')}.json"
+            place = results(bin_um) / str(n) / f"{step.replace(' ', '_')}.json"
             if place.exists() and not anew:
                 continue
-            done = subprocess.run(
-                [sys.executable, __file__, "one", "--step", step, "--bins", str(n)], capture_output=True, text=True
-            )
+            command = [sys.executable, __file__, "one", "--step", step, "--bins", str(n), "--bin-um", str(bin_um)]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{step} of {n} bins failed\n{done.stderr}")
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -260,12 +268,12 @@ def run(sizes: list[int], steps: list[str], *, anew: bool) -> None:
             print(place.read_text(), flush=True)
 
 
-def table() -> None:
+def table(bin_um: int) -> None:
     """One row per step: seconds and peak memory by size, and a bin's processor time in the largest over the smallest.
 
     Processor time, which counts all threads, is not changed by what else the machine has to do.
     """
-    rows = [json.loads(path.read_text()) for path in RESULTS.glob("*/*.json")]
+    rows = [json.loads(path.read_text()) for path in results(bin_um).glob("*/*.json")]
     sizes = sorted({row["bins"] for row in rows})
     found = {(row["step"], row["bins"]): row for row in rows}
     print(
@@ -288,17 +296,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "table", "one"), default="run")
     parser.add_argument("--bins", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--bin-um", type=int, choices=(8, 16), default=8)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--anew", action="store_true", help="measure what was measured already, too")
     options = parser.parse_args()
     if options.action == "one":
-        print(json.dumps(measure(options.step, options.bins[0])))
+        print(json.dumps(measure(options.step, options.bins[0], options.bin_um)))
     elif options.action == "table":
-        table()
+        table(options.bin_um)
     else:
-        run(options.bins, options.steps, anew=options.anew)
-        table()
+        run(options.bins, options.steps, options.bin_um, anew=options.anew)
+        table(options.bin_um)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ falls between two pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -211,7 +211,7 @@ def iter_blocks(
     block_px: int = 1024,
     halo_px: int = 0,
     boxes: np.ndarray | None = None,
-    corners: np.ndarray | None = None,
+    corners: np.ndarray | Sequence[np.ndarray] | None = None,
     fill: int = 255,
     progress_bar: bool | None = None,
 ) -> Iterator[Block]:
@@ -234,7 +234,8 @@ def iter_blocks(
         Rectangles (x0, y0, x1, y1) in level-0 pixels, (n, 4): only blocks whose core meets one are read. ``None``:
         all blocks.
     corners
-        In place of `boxes`, the blocks themselves: some rows of :func:`block_corners`, in its order.
+        In place of `boxes`, the blocks themselves: some rows of :func:`block_corners`, in its order. Of several such
+        groups each is read for itself: a chunk of the image that two of them share is not held in between.
     fill
         Grey value of what lies beyond the image.
     progress_bar
@@ -250,10 +251,15 @@ def iter_blocks(
     if block_px < 1 or halo_px < 0:
         raise DataValueError(f"block_px={block_px!r} must be positive and halo_px={halo_px!r} not negative")
     grid = working_grid(slide, mpp)
-    corners = block_corners(grid, block_px, boxes) if corners is None else corners
+    if corners is None:
+        corners = block_corners(grid, block_px, boxes)
+    groups = [corners] if isinstance(corners, np.ndarray) else corners
+    total = sum(map(len, groups))
+    # One thread for all: the C library would give each of many another of its heaps, which stay with the process.
+    blocks = prefetch(block for group in groups for block in _blocks(slide, grid, group, block_px, halo_px, fill))
     show = settings.progress_bar if progress_bar is None else progress_bar
-    with tqdm(total=len(corners), unit="block", desc="slide", disable=not show or len(corners) < 2) as bar:
-        for block in prefetch(_blocks(slide, grid, corners, block_px, halo_px, fill)):
+    with tqdm(total=total, unit="block", desc="slide", disable=not show or total < 2) as bar:
+        for block in blocks:
             yield block
             bar.update()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ MAX_TINT = (
     0.15  # unless their own colour is none that glass has: then tissue was taken for the glass, where all is tissue
 )
 LENIENCE = 0.9  # of Otsu's threshold: pale fat and torn edges lie just below it
+_ROWS = 64
 
 
 def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um2: float) -> np.ndarray:
@@ -43,18 +45,23 @@ def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um
     """
     from skimage.filters import threshold_otsu
 
-    pixels = rgb.astype(np.float32)
-    black = pixels.max(axis=2) < BLACK
+    black = rgb.max(axis=2) < BLACK
     if black.all():
         return np.zeros(black.shape, dtype=bool)
-    density = np.clip(-np.log((pixels + 1) / (_glass(pixels[~black]) + 1)), 0, None)
-    density[black] = 0
-    absorbed = ndimage.gaussian_filter(np.linalg.norm(density, axis=2), SMOOTH_UM / mpp)
+    glass = _glass(rgb[~black])
+
+    def density(pixels: np.ndarray) -> np.ndarray:
+        return np.clip(-np.log((pixels + 1) / (glass + 1)), 0, None)
+
+    absorbed = _by_rows(rgb, lambda pixels: np.linalg.norm(density(pixels), axis=2))
+    absorbed[black] = 0
+    absorbed = ndimage.gaussian_filter(absorbed, SMOOTH_UM / mpp)
     # The root evens out the long tail of dark nuclei, which draws Otsu's threshold up into the stroma.
     level = np.sqrt(absorbed)
     if np.ptp(level[~black]) < 1e-3:
         return np.zeros(black.shape, dtype=bool)
     mask = (level > LENIENCE * threshold_otsu(level[~black])) & ~black
+    del level
     mask = _smooth(mask, mpp) & ~black
     mask = _fill(mask, max_hole_um2 / mpp**2)
     pieces, count = ndimage.label(mask)
@@ -62,10 +69,13 @@ def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um
         return mask
     index = np.arange(1, count + 1)
     area = ndimage.sum_labels(mask, pieces, index)
-    colour = ndimage.mean(density.max(axis=2) - density.min(axis=2), pieces, index)
+    hue = _by_rows(rgb, lambda pixels: np.ptp(density(pixels), axis=2))
+    hue[black] = 0
+    colour = ndimage.mean(hue, pieces, index)
+    del hue
     strength = ndimage.mean(absorbed, pieces, index)
     kept = (area * mpp**2 >= min_area_um2) & (colour >= MIN_COLOUR * strength)
-    tint = ndimage.mean(np.ptp(np.log(pixels + 1), axis=2), pieces, index)
+    tint = ndimage.mean(_by_rows(rgb, lambda pixels: np.ptp(np.log(pixels + 1), axis=2)), pieces, index)
     kept &= (strength >= MIN_DENSITY) | (tint > MAX_TINT)
     return np.concatenate([[False], kept])[pieces]
 
@@ -87,14 +97,23 @@ def mask_polygons(mask: np.ndarray) -> list[Polygon]:
     return sorted(pieces, key=lambda piece: -piece.area)
 
 
+def _by_rows(rgb: np.ndarray, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """A number (h, w) float32 for each pixel, of some rows at a time: channels as floats take several times the image."""
+    values = np.empty(rgb.shape[:2], dtype=np.float32)
+    for start in range(0, len(rgb), _ROWS):
+        rows = slice(start, start + _ROWS)
+        values[rows] = measure(rgb[rows].astype(np.float32))
+    return values
+
+
 def _glass(pixels: np.ndarray) -> np.ndarray:
-    """Commonest colour of the brighter half of `pixels` (n, 3)."""
-    brightness = pixels.mean(axis=1)
+    """Commonest colour of the brighter half of `pixels` (n, 3) uint8, (3,) float32."""
+    brightness = pixels.mean(axis=1, dtype=np.float32)
     bright = brightness >= np.median(brightness)
     count, edges = np.histogram(brightness[bright], bins=64)
     peak = int(count.argmax())
     commonest = (brightness >= edges[peak]) & (brightness <= edges[peak + 1])
-    return np.median(pixels[commonest], axis=0)
+    return np.median(pixels[commonest], axis=0).astype(np.float32)
 
 
 def _smooth(mask: np.ndarray, mpp: float) -> np.ndarray:

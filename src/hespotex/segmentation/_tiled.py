@@ -197,7 +197,7 @@ def _computed_here(
     slide: Slide, runs: list[np.ndarray], reading: dict[str, float], measuring: dict[str, Any], n_jobs: int
 ) -> Iterator[Found]:
     """Regions of runs, computed in threads that one reader feeds."""
-    blocks = (block for part in _streams(runs) for block in _read(slide, part, reading))
+    blocks = _read(slide, list(_streams(runs)), reading)
     results = iter_tasks(_segment_block, blocks, shared=measuring, n_jobs=n_jobs)
     for run in runs:
         yield Found.join([next(results) for _ in run])
@@ -216,7 +216,7 @@ def _streams(runs: list[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate(runs)
 
 
-def _read(slide: Slide, corners: np.ndarray, reading: dict[str, float]) -> Iterator[Block]:
+def _read(slide: Slide, corners: np.ndarray | list[np.ndarray], reading: dict[str, float]) -> Iterator[Block]:
     return iter_blocks(slide, corners=corners, progress_bar=False, **reading)  # type: ignore[arg-type]
 
 
