@@ -114,12 +114,14 @@ def test_the_options_reach_the_library(folder, model, tmp_path, monkeypatch):
     monkeypatch.setattr(tl, "predict_cohort", cohort)
     options = ["--mpp", "0.4", "--batch-size", "7", "--device", "cpu", "--retries", "3", "--overwrite"]
     options += ["--format", "h5ad", "--weights", "w.pt"]
+    options += ["--table-key", "t", "--shapes-key", "s", "--image-key", "i"]
     result = runner.invoke(cli.app, ["predict", str(folder), "-m", str(model), "-o", str(tmp_path / "o"), *options])
     assert result.exit_code == 0, result.output
     assert seen.pop("log")
     assert seen == {
         **{"paths": [folder], "out": tmp_path / "o", "client": None, "mpp": 0.4, "batch_size": 7, "device": "cpu"},
         **{"retries": 3, "overwrite": True, "format": "h5ad", "weights": Path("w.pt"), "progress_bar": False},
+        **{"table_key": "t", "shapes_key": "s", "image_key": "i"},
     }
 
 
@@ -210,6 +212,94 @@ def test_embed_and_segment_write_stores(slide, tmp_path):
     assert len(stored["nuclei"]) == stored["nuclei_features"].n_obs > 50
     assert not stored.labels
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def events(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def commands(slide, model, tmp_path) -> dict[str, list[str]]:
+    """Arguments of the commands that make one thing, and write it to ``out.zarr``."""
+    section = hx.datasets.synthetic(size_px=500, pitch_um=40, diameter_um=30, n_genes=40, seed=1)
+    section.write(tmp_path / "section.zarr")
+    made = {
+        "train": [str(tmp_path / "section.zarr"), "--model", "mean", "--encoder", "rgb"],
+        "embed": [str(slide), "--encoder", "rgb"],
+        "segment": [str(slide), "--no-raster"],
+        "predict": [str(slide), "-m", str(model)],
+    }
+    return {name: [name, *arguments, "-o", str(tmp_path / "out.zarr")] for name, arguments in made.items()}
+
+
+STAGES = {
+    "train": ["prepare", "train"],
+    "embed": ["tiles", "embed", "write"],
+    "segment": ["segment", "write"],
+    "predict": ["predict", "write"],
+}
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_quiet_commands_say_nothing_and_log_each_step(command, commands, tmp_path):
+    log = tmp_path / "logs" / "run.jsonl"
+    result = runner.invoke(cli.app, [*commands[command], "--quiet", "--log", str(log)])
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    assert (tmp_path / "out.zarr").is_dir()
+    first, *stages, last = [event for event in events(log.read_text()) if event["event"] != "warning"]
+    assert (first["event"], last["event"]) == ("command_started", "command_finished")
+    assert first["command"] == last["command"] == command
+    assert [event["stage"] for event in stages] == STAGES[command]
+    assert all(event["seconds"] >= 0 and event["time"] for event in [*stages, last])
+    result = runner.invoke(cli.app, [*commands[command], "-q", "--log", str(log)])  # what is there is not replaced
+    assert result.exit_code == 1
+    failed = events(log.read_text())[-1]
+    assert (failed["event"], failed["error"]) == ("command_failed", "DataValueError")
+    assert "exists" in failed["message"]
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_a_log_on_stderr_is_nothing_but_json(command, commands, tmp_path):
+    result = runner.invoke(cli.app, [*commands[command], "--log", "-"])
+    assert result.exit_code == 0, result.output
+    assert events(result.stderr)[-1]["event"] == "command_finished"
+    assert result.stdout.startswith(str(tmp_path / "out.zarr"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quiet"]])
+def test_warnings_of_the_library_are_logged_and_silent_if_quiet(arguments, commands, tmp_path, monkeypatch):
+    import warnings
+
+    from hespotex import pp
+    from hespotex.cli._screen import show_warning
+
+    def noisy(*_, **__):
+        warnings.warn("the slide is odd", hx.errors.HespotexWarning, stacklevel=1)
+
+    monkeypatch.setattr(pp, "segment_nuclei", noisy)
+    log = tmp_path / "run.jsonl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show_warning)
+        result = runner.invoke(cli.app, [*commands["segment"], *arguments, "--log", str(log)])
+        assert warnings.showwarning is show_warning  # as it was
+    assert result.exit_code == 0, result.output
+    assert ("Warning: the slide is odd" in result.stderr) == (not arguments)
+    assert [event["message"] for event in events(log.read_text()) if event["event"] == "warning"] == [
+        "the slide is odd"
+    ]
+
+
+def test_a_key_is_named_as_an_option_where_it_is_one(capsys):
+    from hespotex.cli._predict import _line
+
+    event = {
+        "event": "slide_failed",
+        "slide": "a.zarr",
+        "message": "there are several tables, name one with table_key=: []",
+    }
+    assert "--table-key: []" in str(_line(event))
 
 
 def test_encoders_are_listed():

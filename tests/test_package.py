@@ -80,7 +80,7 @@ FLOORS = [
     {"pp", "tl", "pl", "get", "io", "datasets"},
     {"models", "encoders", "segmentation", "annotation", "metrics"},
     {"data", "image"},
-    {"_settings", "_keys", "_device", "_files", "_optional", "_tasks", "_logging", "_version", "errors", ""},
+    {"_settings", "_keys", "_device", "_files", "_memory", "_optional", "_tasks", "_logging", "_version", "errors", ""},
 ]
 
 

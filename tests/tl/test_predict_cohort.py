@@ -363,6 +363,91 @@ def test_stores_are_slides_too(patients, trained, tmp_path):
     assert np.array_equal(hx.get.prediction(result, "ridge").X, hx.get.prediction(patients[0], "ridge").X)
 
 
+@pytest.fixture
+def several(patients, tmp_path) -> Path:
+    """A store with two measured tables, on shapes of their own, and two images."""
+    from spatialdata.models import TableModel
+
+    sdata = patients[0]
+    shapes, table = sdata["spots"], sdata["table"]
+    few = np.arange(table.n_obs) % 3 == 0
+    names = table.uns["spatialdata_attrs"]
+    own = table[few].copy()
+    del own.uns["spatialdata_attrs"]
+    own.obs[names["region_key"]] = pd.Categorical(["few"] * own.n_obs)
+    ids = own.obs[names["instance_key"]]
+    sdata["few"] = shapes.loc[ids]
+    sdata["thinned"] = TableModel.parse(
+        own, region="few", region_key=names["region_key"], instance_key=names["instance_key"]
+    )
+    (image,) = sdata.images
+    sdata["other_image"] = sdata[image]
+    sdata.write(tmp_path / "several.zarr")
+    return tmp_path / "several.zarr"
+
+
+@pytest.mark.parametrize("format", ["zarr", "h5ad"])
+def test_the_table_of_a_store_can_be_named(several, trained, tmp_path, format):
+    out = tmp_path / "out"
+    frame = hx.tl.predict_cohort(several, trained, out, format=format)
+    assert "table_key=" in frame["message"][0]
+    image = next(name for name in sd.read_zarr(several).images if name != "other_image")
+    keys = {"table_key": "thinned", "shapes_key": "few", "image_key": image}
+    frame = hx.tl.predict_cohort(several, trained, out, format=format, **keys)
+    assert frame["status"].tolist() == ["done"], frame["message"][0]
+    sdata = sd.read_zarr(several)
+    hx.tl.predict(sdata, trained, **keys)
+    expected = hx.get.prediction(sdata, "ridge", table_key="thinned")
+    result = out / f"several.{format}"
+    found = ad.read_h5ad(result) if format == "h5ad" else hx.get.prediction(sd.read_zarr(result), "ridge")
+    assert np.array_equal(found.X, expected.X)
+    assert (frame["n_tiles"][0], frame["n_genes"][0]) == expected.shape
+
+
+def test_a_result_of_another_table_is_not_taken_for_this_one(several, trained, tmp_path):
+    out = tmp_path / "out"
+    image = next(name for name in sd.read_zarr(several).images if name != "other_image")
+    first = hx.tl.predict_cohort(several, trained, out, table_key="table", image_key=image)
+    assert first["status"].tolist() == ["done"], first["message"][0]
+    for keys in ({"table_key": "thinned"}, {"table_key": "table", "shapes_key": "spots"}, {"image_key": "other_image"}):
+        with pytest.raises(DataValueError, match="Name another folder"):
+            hx.tl.predict_cohort(several, trained, out, **{"image_key": image, **keys})
+    (out / "manifest.parquet").unlink()  # the result itself says what it is
+    frame = hx.tl.predict_cohort(several, trained, out, table_key="thinned", image_key=image)
+    assert "exists and is no result of this slide" in frame["message"][0]
+    frame = hx.tl.predict_cohort(several, trained, out, table_key="thinned", image_key=image, overwrite=True)
+    assert frame["n_tiles"][0] == sd.read_zarr(several)["thinned"].n_obs
+
+
+def test_an_earlier_prediction_in_another_table_is_left_where_it_is(several, trained, tmp_path):
+    sdata = sd.read_zarr(several)
+    image = next(name for name in sdata.images if name != "other_image")
+    hx.tl.predict(sdata, trained, table_key="table", image_key=image)
+    sdata.write(tmp_path / "again.zarr")
+    frame = hx.tl.predict_cohort(
+        tmp_path / "again.zarr", trained, tmp_path / "out", format="h5ad", table_key="thinned", image_key=image
+    )
+    assert frame["status"].tolist() == ["done"], frame["message"][0]
+    assert ad.read_h5ad(tmp_path / "out" / "again.h5ad").n_obs == sdata["thinned"].n_obs
+
+
+def test_keys_of_stores_do_not_concern_image_files(several, slides, trained, tmp_path):
+    image = next(name for name in sd.read_zarr(several).images if name != "other_image")
+    keys = {"table_key": "table", "image_key": image}
+    frame = hx.tl.predict_cohort([several, slides / "first.tif"], trained, tmp_path / "out", **keys)
+    assert frame["status"].tolist() == ["done", "done"], frame["message"].tolist()
+    with pytest.raises(DataValueError, match="table_key='table'.*no slide is one"):
+        hx.tl.predict_cohort(slides, trained, tmp_path / "none", **keys)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_store_without_the_table_named_fails_before_it_is_embedded(slides, trained, tmp_path, embedded):
+    hx.io.read_wsi(slides / "first.tif").write(tmp_path / "bare.zarr")
+    frame = hx.tl.predict_cohort(tmp_path / "bare.zarr", trained, tmp_path / "out", table_key="table")
+    assert "table_key='table'" in frame["message"][0]
+    assert embedded == []
+
+
 def test_superpixels_of_many_slides(slides, tmp_path):
     section = hx.datasets.synthetic(size_px=800, pitch_um=60.0, diameter_um=50.0, n_genes=20, seed=2)
     hx.pp.detect_tissue(section)
@@ -552,7 +637,7 @@ with locked(Path({str(out)!r})):
 @pytest.fixture
 def in_small_runs(monkeypatch):
     """The slide in several runs, each kept at once."""
-    monkeypatch.setattr(morphology, "_CELLS_AT_ONCE", 1_000)
+    monkeypatch.setattr(morphology, "_PART_PX", 300)
     monkeypatch.setattr(partial, "_KEEP_AFTER_S", 0.0)
 
 
@@ -680,7 +765,7 @@ import hespotex as hx
 from hespotex.data import partial
 from hespotex.encoders import morphology
 partial._KEEP_AFTER_S = 0.0
-morphology._CELLS_AT_ONCE = 1_000
+morphology._PART_PX = 300
 hx.settings.cache_dir, hx.settings.progress_bar = sys.argv[4], False
 print("begun", flush=True)
 frame = hx.tl.predict_cohort(*sys.argv[1:4])

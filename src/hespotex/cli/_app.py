@@ -9,7 +9,23 @@ import typer
 
 from .._version import __version__
 
-__all__ = ["BatchSize", "Device", "Encoder", "Mpp", "Overwrite", "Scheduler", "Seed", "Weights", "Workers", "app"]
+__all__ = [
+    "BatchSize",
+    "Device",
+    "Encoder",
+    "ImageKey",
+    "Log",
+    "Mpp",
+    "Overwrite",
+    "Quiet",
+    "Scheduler",
+    "Seed",
+    "ShapesKey",
+    "TableKey",
+    "Weights",
+    "Workers",
+    "app",
+]
 
 app = typer.Typer(
     name="hespotex",
@@ -23,10 +39,15 @@ app = typer.Typer(
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Tiles embedded at a time.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:<n> or mps.")]
 Encoder = Annotated[str, typer.Option(help="Image encoder, a name that 'hespotex encoders' lists.")]
+ImageKey = Annotated[str | None, typer.Option(help="Image of a store; the only one by default.")]
+Log = Annotated[Path | None, typer.Option(help="File for a JSON line about each event; - for stderr.")]
 Mpp = Annotated[float | None, typer.Option(help="µm per pixel, where the file does not say.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address of a dask scheduler, such as tcp://host:8786.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random; HESPOTEX_SEED or 0 by default.")]
+ShapesKey = Annotated[str | None, typer.Option(help="Shapes of a store to predict for; the only ones by default.")]
+TableKey = Annotated[str | None, typer.Option(help="Table of a store to predict for; the only one by default.")]
 Weights = Annotated[Path | None, typer.Option(help="Local weights file of the encoder, where it needs one.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")]
 

@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from ..errors import DataValueError
-from ._app import Encoder, Overwrite, Seed, Weights, app
+from ._app import Encoder, Log, Overwrite, Quiet, Seed, Weights, app
 from ._files import MODEL_MARKS, check_output
+from ._report import reported
 from ._screen import say, step
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def train(
     devices: Annotated[str, typer.Option(help="Devices to train on, a number or 'auto' for all.")] = "1",
     num_nodes: Annotated[int, typer.Option(min=1, help="Machines; start the command on each with torchrun.")] = 1,
     seed: Seed = None,
+    quiet: Quiet = False,
+    log: Log = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model on sections that have image and expression, and save it. The stores are not changed."""
@@ -55,36 +58,36 @@ def train(
     from .._keys import Keys
     from ..io._open import open_slide
 
-    unfitted = models.create(model, preset=preset)
-    check_output(out, MODEL_MARKS, "saved model", overwrite=overwrite)
-    resolved = [path.resolve() for path in sections]
-    if twice := [str(path) for path, place in zip(sections, resolved, strict=True) if resolved.count(place) > 1]:
-        raise DataValueError(f"the same section is given more than once: {', '.join(twice)}; name each once")
-    data = []
-    for path in sections:
-        if path.is_file():
-            raise DataValueError(
-                f"{path} is a file; training needs SpatialData stores (.zarr) with an image and counts"
+    with reported("train", log if _is_first() else None, quiet=quiet) as report:
+        unfitted = models.create(model, preset=preset)
+        check_output(out, MODEL_MARKS, "saved model", overwrite=overwrite)
+        resolved = [path.resolve() for path in sections]
+        if twice := [str(path) for path, place in zip(sections, resolved, strict=True) if resolved.count(place) > 1]:
+            raise DataValueError(f"the same section is given more than once: {', '.join(twice)}; name each once")
+        data = []
+        for path in sections:
+            if path.is_file():
+                raise DataValueError(
+                    f"{path} is a file; training needs SpatialData stores (.zarr) with an image and counts"
+                )
+            with report.step(f"Preparing {path.name}", "prepare", slide=str(path)):
+                sdata = open_slide(path)
+                _prepare(sdata, unfitted, encoder, weights)
+            data.append(sdata)
+        with report.step(f"Training {model} on {len(data)} section{'s' if len(data) > 1 else ''}", "train"):
+            fitted = tl.train(
+                data,
+                unfitted,
+                embedding_key=Keys.embedding(encoder),
+                n_top_genes=n_top_genes,
+                devices=_devices(devices),
+                num_nodes=num_nodes,
+                seed=seed,
+                progress_bar=False,
             )
-        with step(f"Preparing {path.name}"):
-            sdata = open_slide(path)
-            _prepare(sdata, unfitted, encoder, weights)
-        data.append(sdata)
-    with step(f"Training {model} on {len(data)} section{'s' if len(data) > 1 else ''}"):
-        fitted = tl.train(
-            data,
-            unfitted,
-            embedding_key=Keys.embedding(encoder),
-            n_top_genes=n_top_genes,
-            devices=_devices(devices),
-            num_nodes=num_nodes,
-            seed=seed,
-            progress_bar=False,
-        )
-    if not _is_first():
-        return
-    fitted.save(out, overwrite=overwrite)
-    typer.echo(f"{out}: {len(fitted.genes)} genes")
+        if _is_first():
+            fitted.save(out, overwrite=overwrite)
+            report.result(f"{out}: {len(fitted.genes)} genes")
 
 
 @app.command()

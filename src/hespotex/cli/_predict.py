@@ -10,9 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataValueError
-from ._app import BatchSize, Device, Mpp, Overwrite, Scheduler, Weights, Workers, app
+from ._app import (
+    BatchSize,
+    Device,
+    ImageKey,
+    Log,
+    Mpp,
+    Overwrite,
+    Quiet,
+    Scheduler,
+    ShapesKey,
+    TableKey,
+    Weights,
+    Workers,
+    app,
+)
 from ._files import STORE_MARKS, check_apart, check_output, write_store
-from ._screen import in_options, is_terminal, say, step
+from ._report import Report, reported
+from ._screen import in_options, is_terminal, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["predict"]
 
 SOME_FAILED = 3  # exit code
+_KEYS = ("table_key", "shapes_key", "image_key")
 
 
 class Format(StrEnum):
@@ -41,6 +57,9 @@ def predict(
     ],
     *,
     format: Annotated[Format, typer.Option(help="Of the results in a folder.")] = Format.zarr,
+    table_key: TableKey = None,
+    shapes_key: ShapesKey = None,
+    image_key: ImageKey = None,
     mpp: Mpp = None,
     weights: Weights = None,
     batch_size: BatchSize = None,
@@ -48,8 +67,8 @@ def predict(
     scheduler: Scheduler = None,
     workers: Workers = None,
     retries: Annotated[int, typer.Option(min=0, help="Further tries on a slide whose failure may pass.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
-    log: Annotated[Path | None, typer.Option(help="File for a JSON line about each event; - for stderr.")] = None,
+    quiet: Quiet = False,
+    log: Log = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Predict expression on slides; steps the model needs are run with the model's own parameters.
@@ -57,20 +76,26 @@ def predict(
     Into a folder, the same command goes on after an interruption. Exit code 0: all slides are done; 3: some failed, which
     the table and manifest.parquet in the folder list.
     """
+    options: dict[str, Any] = {
+        "table_key": table_key,
+        "shapes_key": shapes_key,
+        "image_key": image_key,
+        "weights": weights,
+        "batch_size": batch_size,
+        "device": device,
+    }
     if out.suffix == ".zarr":
         if len(slides) > 1:
             raise DataValueError(
                 f"--out {out} is a store for one slide; name a folder for the results of {len(slides)}"
             )
-        if scheduler is not None or workers is not None or log is not None or format is not Format.zarr:
-            raise DataValueError(
-                "--scheduler, --workers, --log and --format go with a folder as --out, not with a store"
-            )
-        check_apart(slides[0], out)
-        check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
-        _check_model(model)
-        options = {"weights": weights, "batch_size": batch_size, "device": device}
-        _into_store(slides[0], model, out, mpp, options, quiet=quiet)
+        if scheduler is not None or workers is not None or format is not Format.zarr:
+            raise DataValueError("--scheduler, --workers and --format go with a folder as --out, not with a store")
+        with reported("predict", log, quiet=quiet) as report:
+            check_apart(slides[0], out)
+            check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
+            _check_model(model)
+            _into_store(slides[0], model, out, mpp, options, report)
         return
     _check_model(model)
     from .. import tl
@@ -85,13 +110,11 @@ def predict(
                 client=client,
                 format=format.value,
                 mpp=mpp,
-                weights=weights,
-                batch_size=batch_size,
-                device=device,
                 retries=retries,
                 overwrite=overwrite,
                 progress_bar=is_terminal() and not quiet,
                 log=_Report(log, quiet=quiet),
+                **options,
             )
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where it stopped")
@@ -110,7 +133,7 @@ def _check_model(model: Path) -> None:
 
 
 def _into_store(
-    slide: Path, model: Path, out: Path, mpp: float | None, options: dict[str, Any], *, quiet: bool
+    slide: Path, model: Path, out: Path, mpp: float | None, options: dict[str, Any], report: Report
 ) -> None:
     """Slide and prediction in one store."""
     from .. import models, tl
@@ -118,12 +141,11 @@ def _into_store(
 
     fitted = models.load(model)
     sdata = open_slide(slide, mpp)
-    with step(f"Predicting {slide.name}", quiet=quiet):
+    with report.step(f"Predicting {slide.name}", "predict", slide=str(slide)):
         tl.predict(sdata, fitted, mpp=mpp if slide.is_dir() else None, progress_bar=False, **options)
-    with step(f"Writing {out}", quiet=quiet):
+    with report.step(f"Writing {out}", "write", output=str(out)):
         write_store(sdata, out)
-    if not quiet:
-        typer.echo(str(out))
+    report.result(str(out))
 
 
 class _Report:
@@ -157,7 +179,7 @@ def _line(event: dict[str, Any]) -> str | None:
         case "slide_kept":
             return f"✓ {name} (there already)"
         case "slide_failed":
-            return f"✗ {name}: {in_options(event['message'])}"
+            return f"✗ {name}: {in_options(event['message'], *_KEYS)}"
         case "slide_retried":
             return f"↻ {name}, once more after the others: {in_options(event['message'])}"
     return None

@@ -41,13 +41,13 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> No
         say(f"[yellow]Warning:[/] {escape(in_options(str(message)))}")
 
 
-def in_options(text: str) -> str:
-    """A message of the library with its arguments named as the options of this program."""
+def in_options(text: str, *more: str) -> str:
+    """A message of the library with its arguments named as the options of this program, and `more` of a command."""
     text = text.replace("overwrite=True", "--overwrite")
     calls = re.findall(r"\bhx\.[\w.]+\([^)]*\)", text)  # Python is left as it is
     for number, call in enumerate(calls):
         text = text.replace(call, f"\0{number}\0")
-    for name in _OPTIONS:
+    for name in (*_OPTIONS, *more):
         option = "--" + name.replace("_", "-")
         text = re.sub(rf"\b{name}=(?=['\"\w])", f"{option} ", text)  # with a value
         text = re.sub(rf"\b{name}=", option, text)

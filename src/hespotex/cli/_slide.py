@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._app import BatchSize, Device, Encoder, Mpp, Overwrite, Scheduler, Weights, Workers, app
+from ._app import BatchSize, Device, Encoder, Log, Mpp, Overwrite, Quiet, Scheduler, Weights, Workers, app
 from ._files import STORE_MARKS, check_apart, check_output, write_store
-from ._screen import is_terminal, step
+from ._report import Report, reported
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -35,6 +35,8 @@ def embed(
     device: Device = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
+    quiet: Quiet = False,
+    log: Log = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn the image around each spot into features; on a slide without spots, of tiles on its tissue."""
@@ -42,17 +44,19 @@ def embed(
     from ..encoders import create
     from ._cluster import cluster
 
-    check_apart(slide, out)
-    check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
-    made = create(encoder, **({} if weights is None else {"weights": weights}))
-    sdata = _open(slide, mpp)
-    if not sdata.tables and not sdata.shapes:
-        with step(f"Laying tiles on {slide.name}"):
-            pp.detect_tissue(sdata, progress_bar=False)
-            pp.make_tiles(sdata, diameter_um=made.tile_um, pitch_um=made.tile_um if pitch_um is None else pitch_um)
-    with cluster(scheduler, workers) as client, step(f"Embedding {slide.name} with {encoder}", has_bar=is_terminal()):
-        pp.embed(sdata, made, batch_size=batch_size, device=device, client=client, progress_bar=is_terminal())
-    _write(sdata, out)
+    with reported("embed", log, quiet=quiet) as report:
+        check_apart(slide, out)
+        check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
+        made = create(encoder, **({} if weights is None else {"weights": weights}))
+        sdata = _open(slide, mpp)
+        if not sdata.tables and not sdata.shapes:
+            with report.step(f"Laying tiles on {slide.name}", "tiles", slide=str(slide)):
+                pp.detect_tissue(sdata, progress_bar=False)
+                pp.make_tiles(sdata, diameter_um=made.tile_um, pitch_um=made.tile_um if pitch_um is None else pitch_um)
+        shown = report.step(f"Embedding {slide.name} with {encoder}", "embed", shows_bar=True, slide=str(slide))
+        with cluster(scheduler, workers) as client, shown:
+            pp.embed(sdata, made, batch_size=batch_size, device=device, client=client, progress_bar=report.has_bar)
+        _write(sdata, out, report)
 
 
 @app.command()
@@ -67,20 +71,24 @@ def segment(
     device: Device = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
+    quiet: Quiet = False,
+    log: Log = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Outline and describe all nuclei of a slide."""
     from .. import pp
     from ._cluster import cluster
 
-    check_apart(slide, out)
-    check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
-    sdata = _open(slide, mpp)
-    options: dict[str, Any] = {"raster": raster, "device": device, "model": weights}
-    shown = step(f"Finding nuclei on {slide.name} with {method}", has_bar=is_terminal())
-    with cluster(scheduler, workers) as client, shown:
-        pp.segment_nuclei(sdata, method, client=client, progress_bar=is_terminal(), **options)
-    _write(sdata, out)
+    with reported("segment", log, quiet=quiet) as report:
+        check_apart(slide, out)
+        check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
+        sdata = _open(slide, mpp)
+        options: dict[str, Any] = {"raster": raster, "device": device, "model": weights}
+        text = f"Finding nuclei on {slide.name} with {method}"
+        shown = report.step(text, "segment", shows_bar=True, slide=str(slide))
+        with cluster(scheduler, workers) as client, shown:
+            pp.segment_nuclei(sdata, method, client=client, progress_bar=report.has_bar, **options)
+        _write(sdata, out, report)
 
 
 def _open(slide: Path, mpp: float | None) -> SpatialData:
@@ -94,7 +102,7 @@ def _open(slide: Path, mpp: float | None) -> SpatialData:
     return sdata
 
 
-def _write(sdata: SpatialData, out: Path) -> None:
-    with step(f"Writing {out}"):
+def _write(sdata: SpatialData, out: Path, report: Report) -> None:
+    with report.step(f"Writing {out}", "write", output=str(out)):
         write_store(sdata, out)
-    typer.echo(str(out))
+    report.result(str(out))

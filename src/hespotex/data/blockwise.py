@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from .._files import publish, staged
+from .._memory import available_bytes
 from ..errors import DataValueError
 from .elements import shapes_kept
 
@@ -21,6 +22,7 @@ __all__ = ["TableStore", "available_bytes", "check_fits", "check_target", "publi
 
 _CHUNK_GENES = 256
 _CHUNK_ROWS = 4096
+_OF_A_PREDICTION = "Predict blocks of at most {genes} genes with genes=, or write to disk with target='<folder>.zarr'"
 _SPARE = 0.8  # of the free memory: what is computed on the way needs some, too
 
 
@@ -123,17 +125,17 @@ def check_target(path: str | Path) -> None:
         raise DataValueError(f"target={str(path)!r} exists already; name a folder that does not, or remove it first")
 
 
-def available_bytes() -> int | None:
-    """Memory that can still be had; ``None`` where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # only Linux has it
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str) -> None:
+def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str, way_out: str = _OF_A_PREDICTION) -> None:
     """Raise if so many float32 matrices (n, G) would not fit into memory.
+
+    Parameters
+    ----------
+    n_obs, n_genes, n_arrays
+        Size of the matrices, and how many of them are there at a time.
+    what
+        What they are, for the message.
+    way_out
+        What to do instead; ``{genes}`` in it is the number of genes that would fit.
 
     Raises
     ------
@@ -146,6 +148,6 @@ def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str) -> None:
         return
     fitting = int(_SPARE * free / (4 * n_obs * n_arrays))
     raise DataValueError(
-        f"{what} of {n_genes} genes at {n_obs} places takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Predict blocks "
-        f"of at most {fitting} genes with genes=, or write to disk with target='<folder>.zarr'"
+        f"{what} of {n_genes} genes at {n_obs} places takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. "
+        + way_out.format(genes=fitting)
     )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
+from ..data.blockwise import check_fits
 from ..data.section import Level, Prediction, Section
 from ..errors import DataTypeError, DataValueError, ModelMismatchError
 from ._distributed import fit_together, sized
@@ -46,6 +47,7 @@ class ModelInfo:
     trained: bool = True  # False: hx.tl.predict(sdata, name) works at once
     uncertainty: bool = False
     distributed: bool = False  # whether the batches of its fit can be shared out among devices
+    in_memory: int = 0  # dense copies of the training expression that its fit holds at a time; 0: it reads row blocks
     cost: str = ""  # of a fit on one her2st section on two CPU cores, and how it grows
     presets: tuple[str, ...] = ()
     paper: str = ""  # DOI; else where it was published
@@ -135,6 +137,11 @@ class Model(ABC, Generic[Config]):
         return getattr(self.config, "level", self.info.level)
 
     @property
+    def in_memory(self) -> int:
+        """Dense float32 copies of the training expression that a fit holds at a time; the config may decide."""
+        return getattr(self.config, "in_memory", self.info.in_memory)
+
+    @property
     def reads_parts(self) -> bool:
         """Whether the model predicts for the parts of a section rather than for its observations."""
         return bool({"parts", "positions"} & set(self.needs))
@@ -158,10 +165,17 @@ class Model(ABC, Generic[Config]):
         return changed
 
     def fit(self, sections: Sequence[Section], run: Run | None = None) -> Self:
-        """Fit on `sections`, all of which carry targets of the same genes in the same unit."""
+        """Fit on `sections`, all of which carry targets of the same genes in the same unit.
+
+        Raises
+        ------
+        DataValueError
+            If the expression would not fit into memory, with a method that reads all of it at once.
+        """
         run = sized(run or Run(), self)
         self._fitted, self.recipe = False, None
         self.genes, self.unit, self.n_features = check_sections(sections, self.needs)
+        self._check_memory(sections)
         self.fitted_on = tuple(map(_mark, sections)) if self.info.task == "in-sample" else ()
         self.history, self.scores = [], {}
         fit_together(self, sections, run)
@@ -193,6 +207,19 @@ class Model(ABC, Generic[Config]):
         from ._checkpoint import save
 
         return save(self, path, overwrite=overwrite)
+
+    def _check_memory(self, sections: Sequence[Section]) -> None:
+        """Raise if the expression that the fit reads at once would not fit into memory."""
+        sizes = [section.n_obs for section in sections]
+        n_obs = max(sizes) if self.info.task == "in-sample" else sum(sizes)  # the former are fitted one by one
+        others = "" if self.reads_parts else ", or take a method that reads expression in blocks: 'ridge', 'hespotex'"
+        check_fits(
+            n_obs,
+            len(self.genes),
+            self.in_memory,
+            f"training {self.info.name!r}: expression",
+            "Train on at most {genes} genes with n_top_genes= or genes=" + others,
+        )
 
     def _check_section(self, section: Section) -> None:
         """Raise unless `section` fits the fitted model."""

@@ -148,6 +148,7 @@ class BLEEP(Model[BLEEPConfig]):
         name="bleep",
         summary="Contrastive projection of embedding and expression; mean of the nearest training spots",
         distributed=True,
+        in_memory=2,
         cost="seconds; grows with spots, and in prediction with spots × training spots",
         presets=("default", "paper"),
         paper="10.48550/arXiv.2306.01859",

@@ -96,6 +96,7 @@ class Interpolate(Model[InterpolateConfig]):
         task="in-sample",
         needs=("positions", "expression"),
         trained=False,
+        in_memory=1,
         cost="seconds; grows with parts x genes",
         presets=("default",),
     )

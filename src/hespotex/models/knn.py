@@ -81,6 +81,7 @@ class KNN(Model[KNNConfig]):
     info: ClassVar[ModelInfo] = ModelInfo(
         name="knn",
         summary="Mean of the nearest training observations; number and metric by inner cross-validation",
+        in_memory=2,
         cost="seconds; grows with spots × training spots",
         presets=("default",),
     )

@@ -131,6 +131,7 @@ class RidgeParts(Model[RidgePartsConfig]):
         level="superpixel",
         task="both",
         needs=("parts",),
+        in_memory=2,
         cost="seconds; grows with parts × features",
         presets=("default",),
     )

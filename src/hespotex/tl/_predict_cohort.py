@@ -6,7 +6,7 @@ import json
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ __all__ = ["predict_cohort"]
 
 _WORK = ".hespotex"  # folder in `out` of what is not finished
 _CONTENT = 1  # of results; raised when the same slide, model and options give another result
+_DETERMINING = ("table_key", "shapes_key", "image_key", "mpp", "genes", "key_added")  # the result, but for the model's
 
 
 def predict_cohort(
@@ -48,6 +49,9 @@ def predict_cohort(
     *,
     client: Client | None = None,
     format: Format = "zarr",
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    image_key: str | None = None,
     mpp: float | None = None,
     genes: Sequence[str] | None = None,
     weights: str | Path | None = None,
@@ -82,6 +86,9 @@ def predict_cohort(
     format
         ``"zarr"``: a SpatialData with tissue, tiles and tables. Pixels are not copied: ``attrs["hespotex"]["slide"]`` names
         the slide by file name, size and fingerprint. ``"h5ad"``: the AnnData of :func:`hespotex.get.prediction`.
+    table_key, shapes_key, image_key
+        What to predict for in slides that are SpatialData stores, as in :func:`hespotex.tl.predict`; each may be left out
+        where there is one candidate. An image file holds nothing but its image.
     mpp
         µm per pixel of all slides, where the files do not say.
     genes
@@ -129,7 +136,8 @@ def predict_cohort(
     MissingWeightsError
         If the encoder's weights are missing here.
     DataValueError
-        If `out` is in use by another run, or holds results of another model or other options.
+        If `out` is in use by another run, or holds results of another model or other options. If `table_key`,
+        `shapes_key` or `image_key` is given and no slide is a store.
     ModelMismatchError
         If the model predicts no slide but the section it was fitted on.
     OutputError
@@ -156,6 +164,8 @@ def predict_cohort(
         raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
     out = Path(out).absolute()
     slides = find_slides(paths, but=out)
+    keys = {"table_key": table_key, "shapes_key": shapes_key, "image_key": image_key}
+    _check_keys(keys, slides)
     fitted = _fitted(model, genes, options)
     if client is None:
         _check_here(fitted, slides, device, weights)
@@ -165,6 +175,7 @@ def predict_cohort(
         model=identify(fitted),
         overwrite=overwrite,
         shared={
+            **keys,
             "mpp": mpp,
             "genes": None if genes is None else chosen_genes(fitted.recipe, genes)[0],  # type: ignore[arg-type]
             "key_added": key_added,
@@ -211,7 +222,7 @@ class _Wanted:
     @property
     def options(self) -> str:
         """What else determines the numbers, for people and for comparison."""
-        determining = {name: self.shared[name] for name in ("mpp", "genes", "key_added")}
+        determining = {name: self.shared[name] for name in _DETERMINING}
         given = {name: value for name, value in (determining | self.shared["options"]).items() if value is not None}
         return json.dumps(given | {"format": self.format}, sort_keys=True, default=str)
 
@@ -231,6 +242,13 @@ class _Wanted:
             format=self.format,
             **self.shared,
         )
+
+
+def _check_keys(keys: Mapping[str, str | None], slides: Sequence[Path]) -> None:
+    """Raise if elements of stores are named and there is no store."""
+    given = ", ".join(f"{name}={key!r}" for name, key in keys.items() if key is not None)
+    if given and not any(slide.is_dir() for slide in slides):
+        raise DataValueError(f"{given}: these name elements of SpatialData stores, and no slide is one; leave them out")
 
 
 def _fitted(model: Model | str | Path, genes: Sequence[str] | None, options: dict[str, Any]) -> Model:

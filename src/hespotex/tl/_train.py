@@ -132,7 +132,8 @@ def train(
     CountsError
         If ``X`` does not hold raw counts.
     DataValueError
-        Among others, if there are not as many devices, or the model is none to train on several.
+        Among others, if there are not as many devices, or the model is none to train on several; or if the expression would
+        not fit into memory, with a method that reads all of it at once.
     WorkerError
         If one of several processes died.
 

@@ -191,6 +191,11 @@ class HESpotExConfig:
             needs.append("nuclei")
         return tuple(needs)
 
+    @property
+    def in_memory(self) -> int:
+        """Dense copies of the training expression: without components to learn, all genes are kept."""
+        return 0 if self.target_ranks else 1
+
 
 _LEAST: dict[str, float] = {
     "context": 0,

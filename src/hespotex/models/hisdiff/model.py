@@ -79,6 +79,7 @@ class HisDiff(Model[HisDiffConfig]):
         summary="Diffusion over the gene vector, conditioned on the embeddings of a spot and its neighbours",
         uncertainty=True,
         distributed=True,
+        in_memory=2,
         cost="'small': minutes; 'default' wants a GPU; grows with spots × genes × steps × samples",
         presets=tuple(PRESETS),
         paper="10.48550/arXiv.2501.15598",

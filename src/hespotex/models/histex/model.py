@@ -74,6 +74,7 @@ class Histex(Model[HistexConfig]):
         needs=("parts", "colour", "expression"),
         uncertainty=True,
         distributed=True,
+        in_memory=1,
         cost="2 to 5 minutes; grows with spots × superpixels per spot × genes",
         presets=("default", "paper"),
         paper="MICCAI 2025, https://github.com/wenwenmin/HISTEX",

@@ -70,6 +70,7 @@ class IStar(Model[IStarConfig]):
         needs=("parts",),
         uncertainty=True,
         distributed=True,
+        in_memory=2,
         cost="2 to 3 minutes; grows with parts under spots and with genes",
         presets=("default", "paper"),
         paper="10.1038/s41587-023-02019-9",

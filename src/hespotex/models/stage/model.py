@@ -62,6 +62,7 @@ class Stage(Model[StageConfig]):
         level="spot",
         task="in-sample",
         needs=("positions",),
+        in_memory=2,
         cost="under a minute; grows with spots × genes",
         presets=("default", "paper"),
         paper="10.1093/nar/gkae294",

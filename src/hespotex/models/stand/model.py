@@ -71,6 +71,7 @@ class STAnD(Model[STAnDConfig]):
         needs=("parts",),
         uncertainty=True,
         distributed=True,
+        in_memory=1,
         cost="ten seconds; grows with parts under spots × genes",
         presets=("default", "paper"),
         paper="https://github.com/huangch/ST-AnD",

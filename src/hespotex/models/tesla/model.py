@@ -71,6 +71,7 @@ class TESLA(Model[TESLAConfig]):
         task="in-sample",
         needs=("positions", "colour", "expression"),
         trained=False,
+        in_memory=1,
         cost="seconds; grows with superpixels x genes",
         presets=("default", "paper"),
         paper="10.1016/j.cels.2023.03.008",

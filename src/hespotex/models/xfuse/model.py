@@ -74,6 +74,7 @@ class XFuse(Model[XFuseConfig]):
         task="both",
         needs=("positions", "colour"),
         uncertainty=True,
+        in_memory=1,
         cost="small: minutes; default: hours; grows with cells x epochs and, slowly, with spots x genes",
         presets=("default", "small", "paper"),
         paper="10.1038/s41587-021-01075-3",

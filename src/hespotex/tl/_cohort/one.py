@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..._files import publish
 from ..._keys import Keys, sanitize
 from ..._settings import settings
-from ...data.geometry import resolve_slide
-from ...data.stored import find_prediction
+from ...data.geometry import find_image_key, resolve_slide
+from ...data.tables import resolve_table
 from ...errors import DataValueError, GeometryError, HespotexError, HespotexWarning, WorkerError
 from ...io._open import open_slide
 from .._predict import predict
@@ -28,6 +28,7 @@ from .slides import SlideState, printable
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+    from ...data.geometry import Slide
     from ...models import Model
 
 __all__ = ["Format", "Job", "Outcome", "failure", "predict_slide", "written_identity", "written_sizes"]
@@ -59,6 +60,8 @@ class Job:
         The slide as it was when the job was made.
     replace
         Whether what is at `output` may be replaced.
+    table_key, shapes_key, image_key
+        What to predict for in a store.
     """
 
     slide: str
@@ -70,6 +73,9 @@ class Job:
     state: SlideState
     replace: bool
     format: Format
+    table_key: str | None = None
+    shapes_key: str | None = None
+    image_key: str | None = None
     mpp: float | None = None
     genes: tuple[str, ...] | None = None
     key_added: str | None = None
@@ -185,13 +191,15 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
     is_file = path.is_file()
     with timed("read"):
         sdata = open_slide(path, job.mpp if is_file else None)
-    bare = not sdata.tables and not sdata.shapes
+    image_key = None if is_file else job.image_key
+    keys: dict[str, Any] = {} if is_file else {"table_key": job.table_key, "shapes_key": job.shapes_key}
+    bare = not sdata.tables and not sdata.shapes and not any(keys.values())
     if bare and recipe.tiles and not model.reads_parts:
-        _check_size(sdata, recipe.tiles)
+        _check_size(sdata, recipe.tiles, image_key)
         with timed("tissue"):
-            pp.detect_tissue(sdata)
+            pp.detect_tissue(sdata, image_key=image_key)
         with timed("tiles"):
-            pp.make_tiles(sdata, **recipe.tiles)
+            pp.make_tiles(sdata, image_key=image_key, **recipe.tiles)
         if recipe.encoder:
             encoder = dict(recipe.encoder)
             if job.weights is not None:
@@ -200,16 +208,20 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
                 pp.embed(
                     sdata,
                     encoder.pop("name"),
+                    image_key=image_key,
                     shapes_key=Keys.TILES,
                     batch_size=job.batch_size,
                     key_added=recipe.embedding_key,
                     **encoder,
                 )
     key = sanitize(model.info.name) if job.key_added is None else job.key_added
+    before = _entries(sdata, key)
     with timed("predict"):
         predict(
             sdata,
             model,
+            **keys,
+            image_key=image_key,
             genes=job.genes,
             mpp=None if is_file else job.mpp,
             weights=job.weights,
@@ -217,11 +229,20 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
             key_added=key,
             **job.options,
         )
-    adata, _, _ = find_prediction(sdata, key)
-    outcome.n_tiles = adata.n_obs
-    outcome.n_genes = adata.n_vars if job.genes is None else len(job.genes)
+    # The table that was written to: another may hold an earlier prediction of that key.
+    ((table_key, entry),) = (
+        (name, entry) for name, entry in _entries(sdata, key).items() if entry is not before.get(name)
+    )
+    table = resolve_table(sdata, table_key=table_key)
+    outcome.n_tiles, outcome.n_genes = table.adata.n_obs, len(entry["genes"])
+    slide = resolve_slide(sdata, image_key=find_image_key(sdata, image_key, shapes_key=table.regions[0]))
     with timed("write"):
-        _write(sdata, key, job, outcome)
+        _write(sdata, key, table_key, slide, job, outcome)
+
+
+def _entries(sdata: SpatialData, key: str) -> dict[str, Any]:
+    """What each table notes under `key`."""
+    return {name: table.uns.get(Keys.NAMESPACE, {}).get(key) for name, table in sdata.tables.items()}
 
 
 def _is_there(job: Job) -> bool:
@@ -243,8 +264,8 @@ def _is_there(job: Job) -> bool:
     )
 
 
-def _check_size(sdata: SpatialData, tiles: Mapping[str, Any]) -> None:
-    slide = resolve_slide(sdata)
+def _check_size(sdata: SpatialData, tiles: Mapping[str, Any], image_key: str | None) -> None:
+    slide = resolve_slide(sdata, image_key=image_key)
     side = min(slide.shape) * slide.mpp
     if side < tiles["diameter_um"]:
         raise GeometryError(
@@ -253,8 +274,7 @@ def _check_size(sdata: SpatialData, tiles: Mapping[str, Any]) -> None:
         )
 
 
-def _write(sdata: SpatialData, key: str, job: Job, outcome: Outcome) -> None:
-    slide = resolve_slide(sdata)
+def _write(sdata: SpatialData, key: str, table_key: str, slide: Slide, job: Job, outcome: Outcome) -> None:
     about = {
         SLIDE: {
             "file": Path(job.slide).name,
@@ -274,7 +294,7 @@ def _write(sdata: SpatialData, key: str, job: Job, outcome: Outcome) -> None:
         else:
             from ...get import prediction
 
-            adata = prediction(sdata, key)
+            adata = prediction(sdata, key, table_key=table_key)
             adata.uns[Keys.NAMESPACE] |= about
             adata.write_h5ad(staged)
         if not _is_there(job):  # if it is, another worker, taken for dead, was faster
