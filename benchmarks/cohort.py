@@ -113,7 +113,7 @@ def run_here(slides_at: Path, model_at: Path, out: Path, counted: Path, limit: i
     from hespotex.encoders import morphology
 
     partial._KEEP_AFTER_S = 0.0
-    morphology._CELLS_AT_ONCE = 1_000
+    morphology._PART_PX = 300
     write = partial.PartialRows.write
 
     def counting(self, rows, values):
@@ -370,7 +370,7 @@ def embed(work: Path, name: str, client) -> str:
     import hespotex as hx
     from hespotex.encoders import morphology
 
-    morphology._CELLS_AT_ONCE = 30_000  # parts for all workers, also of a slide of 36 megapixels
+    morphology._PART_PX = 600  # parts for all workers, also of a slide of 36 megapixels
     slide = _large(work)
     hx.pp.detect_tissue(slide)
     hx.pp.make_tiles(slide, diameter_um=50, pitch_um=60)

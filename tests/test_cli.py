@@ -228,7 +228,8 @@ def test_demo_writes_report_tables_and_maps(tmp_path):
 
 
 def test_arguments_become_options_and_calls_stay_python():
-    from hespotex.cli._screen import in_options
+    from hespotex.cli._screen import in_options, name_options
 
+    name_options(["mpp", "out"])
     text = "pass mpp=0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"
     assert in_options(text) == "pass --mpp 0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"

@@ -293,7 +293,9 @@ def test_warnings_of_the_library_are_logged_and_silent_if_quiet(arguments, comma
 
 def test_a_key_is_named_as_an_option_where_it_is_one(capsys):
     from hespotex.cli._predict import _line
+    from hespotex.cli._screen import name_options
 
+    name_options(["table_key"])
     event = {
         "event": "slide_failed",
         "slide": "a.zarr",

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,7 +39,7 @@ def iter_tasks(
 ) -> Iterator[R]:
     """Yield ``function(task, **shared)`` for each task, in the order of the tasks.
 
-    Leaving the loop early cancels what has not begun.
+    Leaving the loop early, or an error, cancels what has not begun, and closes `tasks` if it is a generator.
 
     Parameters
     ----------
@@ -60,13 +60,18 @@ def iter_tasks(
         If workers die repeatedly, or the cluster is gone.
     """
     shared = shared or {}
-    if client is not None:
-        yield from _on_cluster(function, tasks, shared, client)
-    elif n_jobs == 1:
-        for task in tasks:
-            yield function(task, **shared)
-    else:
-        yield from _in_threads(function, tasks, shared, n_jobs)
+    try:
+        if client is not None:
+            yield from _on_cluster(function, tasks, shared, client)
+        elif n_jobs == 1:
+            for task in tasks:
+                yield function(task, **shared)
+        else:
+            yield from _in_threads(function, tasks, shared, n_jobs)
+    finally:
+        # Who reads ahead for it must stop, too, also where a traceback, as in a notebook, keeps this frame alive.
+        if isinstance(tasks, Generator):
+            tasks.close()
 
 
 def check_client(client: Any) -> None:

@@ -103,13 +103,67 @@ def test_features_do_not_depend_on_blocks_chunks_or_parts(tissue, monkeypatch):
 
 @pytest.mark.parametrize("n_jobs", [1, 2, 5])
 def test_many_places_on_a_band_that_scrolls_are_those_of_one_that_does_not(tissue, monkeypatch, n_jobs):
+    from hespotex.image import stream
+
     encoder = Morphology(tile_um=30.0, context_um=60.0, mpp=MPP)
-    centres = np.random.default_rng(0).uniform((0, 0), (896, 640), (300, 2))
-    centres = centres[(centres[:, 1] < 90) | (centres[:, 1] > 560)]  # with rows of blocks in between that nobody needs
-    expected = embed(encoder, as_slide(tissue), centres)
+    slide = as_slide(np.tile(tissue, (2, 1, 1)))
+    centres = np.random.default_rng(0).uniform((0, 0), (896, 1280), (300, 2))
+    centres = centres[
+        (centres[:, 1] < 90) | (centres[:, 1] > 1000)
+    ]  # with rows of blocks between them that nobody needs
+    expected = embed(encoder, slide, centres)
     monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
+    rows = []
+
+    def corners(*args, **how):
+        found = block_corners(*args, **how)
+        rows.extend(np.unique(found[:, 0]))
+        return found
+
+    block_corners = stream.block_corners
+    monkeypatch.setattr(stream, "block_corners", corners)
     with hx.settings.override(n_jobs=n_jobs):
-        np.testing.assert_allclose(embed(encoder, as_slide(tissue), centres), expected, atol=1e-5)
+        np.testing.assert_allclose(embed(encoder, slide, centres), expected, atol=1e-5)
+    assert max(np.diff(rows)) > 64
+
+
+@pytest.mark.parametrize(
+    ("mpp", "shape", "options", "centres"),
+    [
+        (0.3, (4600, 2347), {"tile_um": 50}, [(1170, 3270)]),
+        (0.5, (9000, 1408), {"tile_um": 160, "context_um": 0}, [(704, 1424), (704, 8500)]),
+    ],
+)
+def test_a_reach_that_ends_where_a_block_does(tissue, mpp, shape, options, centres):
+    times = [-(-size // part) for size, part in zip(shape, tissue.shape, strict=False)]
+    slide = as_slide(np.tile(tissue, (*times, 1))[: shape[0], : shape[1]], mpp=mpp)
+    encoder, centres = Morphology(**options), np.array(centres, float)
+    found = embed(encoder, slide, centres)
+    for row, centre in enumerate(centres):
+        np.testing.assert_allclose(embed(encoder, slide, centre[None] + (0, 1e-6))[0], found[row], atol=1e-4)
+
+
+def test_places_far_from_the_image_are_described_by_its_border(tissue):
+    encoder = Morphology(**SMALL)
+    far = np.array([[5000.0, 320.0], [320.0, -5000.0], [-3000.0, 9000.0]])
+    border = far.clip(0, (896, 640))
+    found = embed(encoder, as_slide(tissue), far)
+    assert np.abs(found - embed(encoder, as_slide(tissue), border)).mean() < 0.1
+
+
+@pytest.mark.parametrize("n_jobs", [1, 3])
+def test_an_error_stops_who_reads_ahead(tissue, monkeypatch, n_jobs):
+    import threading
+
+    def broken(self, block):
+        raise MemoryError
+
+    monkeypatch.setattr(Morphology, "_fine_maps", broken)
+    monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
+    with hx.settings.override(n_jobs=n_jobs), pytest.raises(MemoryError) as caught:
+        embed(Morphology(**SMALL), as_slide(tissue), CENTRES)
+    assert caught.tb is not None  # still there, as in a notebook
+    assert not [thread for thread in threading.enumerate() if thread.name == "hespotex-prefetch"]
 
 
 def test_memory_grows_with_the_width_of_a_part_and_not_with_the_slide(tissue, monkeypatch):
@@ -126,11 +180,29 @@ def test_memory_grows_with_the_width_of_a_part_and_not_with_the_slide(tissue, mo
     long = np.tile(tissue, (4, 1, 1))
     centres = np.random.default_rng(0).uniform((0, 0), long.shape[1::-1], (100, 2))
     embed(encoder, as_slide(long), centres)
-    embed(encoder, as_slide(tissue), centres[:, [0, 1]] / (1, 4))
+    embed(encoder, as_slide(tissue), centres / (1, 4))
     assert bands[0] == bands[1]
     monkeypatch.setattr(morphology, "_PART_PX", 300)
     embed(encoder, as_slide(tissue), CENTRES)
     assert max(columns for _, columns in bands[2:]) < bands[0][1]
+
+
+def test_a_sweep_reads_each_chunk_once(tissue, monkeypatch):
+    import dask.array as da
+
+    monkeypatch.setattr(morphology, "_BLOCK_PX", 64)
+    reads = []
+
+    def read(block, block_info=None):
+        reads.append(block_info[0]["chunk-location"])
+        return block
+
+    slide = as_slide(tissue, chunk=100)
+    level = Level(da.map_blocks(read, slide.levels[0].array, dtype=np.uint8), 1.0)
+    reads.clear()  # of dask's own probe
+    slide = Slide(key="image", levels=(level,), mpp=MPP, to_microns=slide.to_microns)
+    embed(Morphology(**SMALL), slide, np.random.default_rng(0).uniform((0, 0), (896, 640), (100, 2)))
+    assert len(reads) == len(set(reads)) == 63
 
 
 def test_features_do_not_depend_on_other_centres(tissue):

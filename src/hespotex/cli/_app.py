@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from ._screen import name_options
 
 __all__ = [
     "BatchSize",
@@ -60,6 +61,7 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001  typer calls it so
 
 @app.callback()
 def _options(
+    context: typer.Context,
     *,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
@@ -67,3 +69,5 @@ def _options(
 ) -> None:
     """Predict spatial gene expression from H&E histology."""
     del version
+    command = context.command.commands[context.invoked_subcommand]  # type: ignore[attr-defined, index]  # of a group
+    name_options(option.name for option in command.params if option.param_type_name == "option")

@@ -58,7 +58,7 @@ def train(
     from .._keys import Keys
     from ..io._open import open_slide
 
-    with reported("train", log if _is_first() else None, quiet=quiet) as report:
+    with reported("train", log if _is_first() else None, quiet=quiet or not _is_first()) as report:
         unfitted = models.create(model, preset=preset)
         check_output(out, MODEL_MARKS, "saved model", overwrite=overwrite)
         resolved = [path.resolve() for path in sections]

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["predict"]
 
 SOME_FAILED = 3  # exit code
-_KEYS = ("table_key", "shapes_key", "image_key")
 
 
 class Format(StrEnum):
@@ -113,7 +112,7 @@ def predict(
                 retries=retries,
                 overwrite=overwrite,
                 progress_bar=is_terminal() and not quiet,
-                log=_Report(log, quiet=quiet),
+                log=_CohortReport(log, quiet=quiet),
                 **options,
             )
     except KeyboardInterrupt:
@@ -148,7 +147,7 @@ def _into_store(
     report.result(str(out))
 
 
-class _Report:
+class _CohortReport:
     """A line on stderr for each slide, and the JSON log, if one is wanted."""
 
     def __init__(self, log: Path | None, *, quiet: bool) -> None:
@@ -179,7 +178,7 @@ def _line(event: dict[str, Any]) -> str | None:
         case "slide_kept":
             return f"✓ {name} (there already)"
         case "slide_failed":
-            return f"✗ {name}: {in_options(event['message'], *_KEYS)}"
+            return f"✗ {name}: {in_options(event['message'])}"
         case "slide_retried":
             return f"↻ {name}, once more after the others: {in_options(event['message'])}"
     return None

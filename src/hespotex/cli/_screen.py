@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
@@ -14,15 +14,17 @@ from rich.markup import escape
 
 from ..errors import HespotexWarning
 
-__all__ = ["in_options", "is_terminal", "say", "show_warning", "step"]
+__all__ = ["in_options", "is_terminal", "name_options", "say", "show_warning", "step"]
 
 _screen = Console(stderr=True, highlight=False)
 
-# Arguments that messages of the library name and that are options here.
-_OPTIONS = (
-    *("batch_size", "device", "devices", "encoder", "key", "log", "method", "model", "mpp", "n_top_genes", "num_nodes"),
-    *("out", "pitch_um", "preset", "retries", "seed", "weights"),
-)
+_options: set[str] = set()
+
+
+def name_options(names: Iterable[str]) -> None:
+    """Say which arguments of the library are options of the command that runs."""
+    _options.clear()
+    _options.update(names)
 
 
 def say(text: str) -> None:
@@ -41,13 +43,13 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> No
         say(f"[yellow]Warning:[/] {escape(in_options(str(message)))}")
 
 
-def in_options(text: str, *more: str) -> str:
-    """A message of the library with its arguments named as the options of this program, and `more` of a command."""
+def in_options(text: str) -> str:
+    """A message of the library with its arguments named as the options of the command that runs."""
     text = text.replace("overwrite=True", "--overwrite")
     calls = re.findall(r"\bhx\.[\w.]+\([^)]*\)", text)  # Python is left as it is
     for number, call in enumerate(calls):
         text = text.replace(call, f"\0{number}\0")
-    for name in (*_OPTIONS, *more):
+    for name in sorted(_options):
         option = "--" + name.replace("_", "-")
         text = re.sub(rf"\b{name}=(?=['\"\w])", f"{option} ", text)  # with a value
         text = re.sub(rf"\b{name}=", option, text)

@@ -28,9 +28,10 @@ CONTEXT_TILES = 3.0
 HALO_CELLS = 4  # a map at the border of a block depends on less than three cells beyond it
 COLOUR_NAMES = ("h_mean", "e_mean", "residual_mean", "h_square", "e_square", "residual_square", "he_product")
 _BLOCK_PX = 512  # larger ones take more memory and no less time
-_PART_PX = 8192  # widest part of a slide that is swept at once: what is in memory grows with it; half as high as long
-_PIECE_PX = 4096  # of a band, for what takes several times the maps' own memory
+_PART_PX = 8192  # width of a part of a slide, twice as high, that is swept at once: what is in memory grows with it
+_PIECE_PX = 4096  # width of a piece of a band, for what takes several times the maps' own memory
 _CENTRES_AT_ONCE = 65_536
+_SPARE_PX = 0.01  # working pixels that rounding may take away
 _THREADS = 3  # as many keep up with the one that decodes
 
 
@@ -82,7 +83,7 @@ class _Band:
         target[:] = values[:, :, : target.shape[2]]
 
     def window(self, left: float, right: float, grid: WorkingGrid, unit: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Maps between two columns of the grid, widened to whole `unit` pixels, and where they begin (x, y)."""
+        """Maps between two positions along x, widened to whole `unit` pixels, and where they begin (x, y)."""
         top = max(self.bottom - self._height, self._first)
         begin = max(int(left // unit * unit), self.left)
         end, bottom = min(int(-(-right // unit) * unit), grid.shape[1]), min(self.bottom, grid.shape[0])
@@ -205,7 +206,7 @@ class Morphology(Encoder):
     def embed(
         self, slide: Slide, centres: np.ndarray, *, batch_size: int, device: str, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (row indices (b,), features (b, n_features) float32), part by part of the slide from top to bottom.
+        """Yield (row indices (b,), features (b, n_features) float32), part by part of the slide and down each part.
 
         `device` and `batch_size` are ignored: the maps are computed once for all tiles around, in
         ``settings.n_jobs`` threads, three at most.
@@ -215,9 +216,8 @@ class Morphology(Encoder):
         grid = working_grid(slide, self.mpp)
         xy = grid.from_pixels(np.asarray(centres, dtype=np.float64).reshape(-1, 2))
         for part in self._parts(xy, grid):
-            for ready, band in self._sweep(slide, grid, xy[part], progress_bar=progress_bar):
-                for rows in self._pieces(xy, part[ready]):
-                    yield rows, self._features(self._maps(band, xy[rows], grid), xy[rows], grid)
+            for rows, features in self._embed_part(slide, grid, xy[part], progress_bar=progress_bar):
+                yield part[rows], features
 
     def runs(self, slide: Slide, centres: np.ndarray, *, batch_size: int) -> list[np.ndarray]:
         """Parts of the slide that are swept one after another in any case."""
@@ -232,7 +232,8 @@ class Morphology(Encoder):
         return max(self._windows.values()) / grid.mpp / 2 + 3.0 * 2**self._levels
 
     def _parts(self, xy: np.ndarray, grid: WorkingGrid) -> list[np.ndarray]:
-        """Row indices of the centres in equal rectangles of the slide, one below another."""
+        """Row indices of the centres in equal rectangles of the slide, column by column of them."""
+        xy = xy.clip(0, grid.shape[::-1])
         limits = np.array([_PART_PX, 2 * _PART_PX])
         sides = np.array(grid.shape[::-1]) / np.ceil(np.array(grid.shape[::-1]) / limits)
         column, row = np.floor(xy / sides).T
@@ -246,6 +247,15 @@ class Morphology(Encoder):
         for piece in np.split(rows, np.flatnonzero(np.diff(xy[rows, 0] // _PIECE_PX)) + 1):
             yield from np.split(piece, range(_CENTRES_AT_ONCE, len(piece), _CENTRES_AT_ONCE))
 
+    def _embed_part(
+        self, slide: Slide, grid: WorkingGrid, xy: np.ndarray, *, progress_bar: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row indices of `xy` and their features."""
+        near = xy.clip(0, grid.shape[::-1])  # windows beyond the image take what is at its border
+        for ready, band in self._sweep(slide, grid, near, progress_bar=progress_bar):
+            for rows in self._pieces(near, ready):
+                yield rows, self._features(self._maps(band, near[rows], grid), xy[rows], grid)
+
     def _sweep(
         self, slide: Slide, grid: WorkingGrid, xy: np.ndarray, *, progress_bar: bool
     ) -> Iterator[tuple[np.ndarray, _Band]]:
@@ -257,7 +267,8 @@ class Morphology(Encoder):
         left, top = (int(max(start - reach, 0) // unit * unit) for start in xy.min(axis=0))
         width = min(int(-(-(xy[:, 0].max() + reach) // unit) * unit), grid.shape[1]) - left
         block_px = unit * -(-width // (unit * max(round(width / _BLOCK_PX), 1)))  # so that few columns are in vain
-        boxes = grid.to_pixels(np.stack([xy - reach, xy + reach], axis=1)).reshape(-1, 4)
+        # A little more than is waited for below, where rounding may differ.
+        boxes = grid.to_pixels(np.stack([xy - reach - _SPARE_PX, xy + reach + _SPARE_PX], axis=1)).reshape(-1, 4)
         corners = block_corners(grid, block_px, boxes, origin=(top, left))
         reading: dict[str, Any] = {"mpp": self.mpp, "block_px": block_px, "halo_px": HALO_CELLS * cell}
         blocks = iter_blocks(slide, corners=corners, **reading, progress_bar=progress_bar)
@@ -274,7 +285,8 @@ class Morphology(Encoder):
                     done = ready
                 band.scroll(y + block_px)
             band.fill(x, values, block_px)
-        yield order[done:], band
+        if done < len(order):
+            yield order[done:], band
 
     def _maps(self, band: _Band, xy: np.ndarray, grid: WorkingGrid) -> list[_Maps]:
         """All maps around `xy`, of which the band holds the finest and the state of the pyramid above them."""

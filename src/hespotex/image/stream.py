@@ -255,11 +255,10 @@ def iter_blocks(
         corners = block_corners(grid, block_px, boxes)
     groups = [corners] if isinstance(corners, np.ndarray) else corners
     total = sum(map(len, groups))
-    # One thread for all: the C library would give each of many another of its heaps, which stay with the process.
-    blocks = prefetch(block for group in groups for block in _blocks(slide, grid, group, block_px, halo_px, fill))
     show = settings.progress_bar if progress_bar is None else progress_bar
     with tqdm(total=total, unit="block", desc="slide", disable=not show or total < 2) as bar:
-        for block in blocks:
+        # One thread for all: the C library would give each of many another of its heaps, which stay with the process.
+        for block in prefetch(b for group in groups for b in _blocks(slide, grid, group, block_px, halo_px, fill)):
             yield block
             bar.update()
 

@@ -23,7 +23,7 @@ MAX_TINT = (
     0.15  # unless their own colour is none that glass has: then tissue was taken for the glass, where all is tissue
 )
 LENIENCE = 0.9  # of Otsu's threshold: pale fat and torn edges lie just below it
-_ROWS = 64
+_ROWS = 64  # whose channels are floats at a time
 
 
 def tissue_mask(rgb: np.ndarray, mpp: float, *, min_area_um2: float, max_hole_um2: float) -> np.ndarray:

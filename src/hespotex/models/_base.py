@@ -212,13 +212,14 @@ class Model(ABC, Generic[Config]):
         """Raise if the expression that the fit reads at once would not fit into memory."""
         sizes = [section.n_obs for section in sections]
         n_obs = max(sizes) if self.info.task == "in-sample" else sum(sizes)  # the former are fitted one by one
-        others = "" if self.reads_parts else ", or take a method that reads expression in blocks: 'ridge', 'hespotex'"
+        in_blocks = ", or take a method that reads expression in blocks: 'ridge', or 'hespotex' as it is by default"
+        others = "" if self.reads_parts or self.info.task == "in-sample" else in_blocks
         check_fits(
             n_obs,
             len(self.genes),
             self.in_memory,
             f"training {self.info.name!r}: expression",
-            "Train on at most {genes} genes with n_top_genes= or genes=" + others,
+            "Take at most {genes} genes, by genes= or in hx.tl.train by n_top_genes=" + others,
         )
 
     def _check_section(self, section: Section) -> None:

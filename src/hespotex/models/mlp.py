@@ -93,7 +93,7 @@ class MLP(Model[MLPConfig]):
         name="mlp",
         summary="Multilayer perceptron on the embedding, stopped by a held-out group",
         distributed=True,
-        in_memory=2,
+        in_memory=3,
         cost="seconds; grows with spots × genes",
         presets=("default",),
     )
