@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["fingerprint"]
 
 OVERVIEW_PX = 1_000_000
-SAMPLES = 16  # a chunk is decoded for each: a tenth of a second
+SAMPLES = 4  # a chunk is decoded for each, which the encoder decodes once more: few of a slide
 WINDOW_PX = 32
 
 
