@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,10 @@ def test_what_went_wrong_is_one_sentence_without_traceback(tmp_path, stores):
 def test_a_warning_is_one_line_and_those_of_libraries_are_silent(capsys, monkeypatch):
     import warnings
 
+    from hespotex.cli._screen import name_options
+
+    name_options(["mpp", "n_top_genes"])  # of the command that runs
+
     def noisy():
         warnings.warn("mpp=0.2 was given, but the file states 0.5", hx.errors.HespotexWarning, stacklevel=1)
         warnings.warn("zarr will change", FutureWarning, stacklevel=1)
@@ -174,6 +180,48 @@ def test_refusals_name_the_way_out(arguments, message, stores, tmp_path):
     assert isinstance(result.exception, hx.errors.HespotexError)
     assert message in str(result.exception)
     assert (there / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(stores, model, tmp_path, monkeypatch, number):
+    """By ``mkdir``, as it is on a read-only drive and in ``/sys``, root or not."""
+    from hespotex import pp, tl
+    from hespotex.io import _open
+
+    def no_work(*_, **__):
+        raise AssertionError("the work has begun")
+
+    for module, name in ((_open, "open_slide"), (pp, "embed"), (pp, "segment_nuclei"), (tl, "train")):
+        monkeypatch.setattr(module, name, no_work)
+    commands = (
+        ["embed", "{slide}"],
+        ["segment", "{slide}"],
+        ["train", "{slide}"],
+        ["predict", "{slide}", "-m", "{model}"],
+    )
+
+    def refused(out: Path) -> None:
+        for command in commands:
+            arguments = [word.format(slide=stores[0], model=model) for word in command]
+            result = runner.invoke(cli.app, [*arguments, "-o", str(out)])
+            assert isinstance(result.exception, hx.errors.OutputError), result.exception
+            message = str(result.exception)
+            assert message.startswith(f"--out {out}: nothing can be written to the folder")
+            assert "name a place" in message
+
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file" / "x.zarr")
+    mkdir = Path.mkdir
+
+    def read_only(self, *arguments, **options):
+        if self.name.endswith(".probe"):
+            raise OSError(number, os.strerror(number))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    refused(tmp_path / "x.zarr")
+    refused(tmp_path / "new" / "x.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_run_py_keeps_the_callers_folder_and_sees_a_killed_step(tmp_path, monkeypatch):

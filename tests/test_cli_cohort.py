@@ -214,6 +214,36 @@ def test_embed_and_segment_write_stores(slide, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_commands_open_a_slide_with_what_lazyslide_found_on_it(slide, model, tmp_path):
+    import geopandas as gpd
+    from shapely.geometry import box
+    from spatialdata.models import ShapesModel
+
+    wsidata = pytest.importorskip("wsidata")
+    shutil.copy2(slide, tmp_path / "s.tif")
+    wsi = wsidata.open_wsi(tmp_path / "s.tif")
+    frame = gpd.GeoDataFrame({"tile_id": [0, 1]}, geometry=[box(200, 200, 300, 300), box(350, 350, 450, 450)])
+    wsi.shapes["tiles"] = ShapesModel.parse(frame)
+    wsi.write()
+    wsi.close()
+    store, out = tmp_path / "s.zarr", tmp_path / "out.zarr"
+    before = {file: file.stat().st_mtime_ns for file in store.rglob("*")}
+    for name in ("s.tif", "s.zarr"):
+        more = {"embed": ["--encoder", "rgb"], "segment": ["--no-raster"], "predict": ["-m", str(model)]}
+        for command, options in more.items():
+            shutil.rmtree(out, ignore_errors=True)
+            result = runner.invoke(cli.app, [command, str(tmp_path / name), "-o", str(out), *options])
+            assert result.exit_code == 0, result.output
+            stored = sd.read_zarr(out)
+            assert resolve_slide(stored).shape == (700, 700)  # slide and result, also for the next command
+            tables = {"embed": "rgb_tiles", "segment": "nuclei_features", "predict": "ridge_tiles"}
+            assert len(stored["tiles"]) == 2
+            assert command == "segment" or stored[tables[command]].n_obs == 2
+    result = runner.invoke(cli.app, ["segment", str(tmp_path / "s.tif"), "-o", str(store), "--overwrite"])
+    assert "LazySlide's store of the slide" in str(result.exception)
+    assert {file: file.stat().st_mtime_ns for file in store.rglob("*")} == before
+
+
 def events(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
@@ -304,6 +334,41 @@ def test_a_key_is_named_as_an_option_where_it_is_one(capsys):
     assert "--table-key: []" in str(_line(event))
 
 
+def test_evaluate_is_silent_or_logs(tmp_path):
+    other, section = hx.datasets.synthetic(2, size_px=500, pitch_um=40, diameter_um=30, n_genes=40, seed=1)
+    hx.pp.embed(other, "rgb")
+    hx.tl.predict(section, hx.tl.train(other, "mean", embedding_key="X_rgb"))
+    section.write(tmp_path / "s.zarr")
+    log = tmp_path / "run.jsonl"
+    result = runner.invoke(cli.app, ["evaluate", str(tmp_path / "s.zarr"), "--quiet", "--log", str(log)])
+    assert (result.exit_code, result.output) == (0, ""), result.exception
+    kinds = [event["event"] for event in events(log.read_text()) if event["event"] != "warning"]
+    assert kinds == ["command_started", "stage", "command_finished"]
+
+
+def test_options_of_networks_reach_the_encoder_or_are_refused(slide, tmp_path, monkeypatch):
+    from hespotex import encoders
+
+    made: list[dict] = []
+    create = encoders.create
+    monkeypatch.setattr(encoders, "create", lambda name, **options: made.append(options) or create("rgb"))
+    more = ["--dtype", "bfloat16", "--pooling", "class", "--batch-size", "auto"]
+    command = ["embed", str(slide), "-o", str(tmp_path / "out.zarr"), "--encoder", "rgb"]
+    result = runner.invoke(cli.app, [*command, *more])
+    assert result.exit_code == 0, result.output
+    assert made == [{"dtype": "bfloat16", "pooling": "class"}]
+    monkeypatch.setattr(encoders, "create", create)
+    for options, message in (
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--pooling", "class"], "pooling"),
+        (["--compile"], "compile"),
+        (["--batch-size", "0"], "--batch-size 0 must be"),
+    ):
+        result = runner.invoke(cli.app, [*command, *options, "--overwrite"])
+        assert isinstance(result.exception, hx.errors.HespotexError), result.exception
+        assert message in str(result.exception)
+
+
 def test_encoders_are_listed():
     result = runner.invoke(cli.app, ["encoders"])
     assert result.exit_code == 0, result.output
@@ -317,7 +382,19 @@ def test_the_doctor_finds_nothing_wrong_here_and_touches_no_network():
     assert result.exit_code == 0, result.output
     said = result.stdout
     assert f"hespotex {hx.__version__}" in said
-    for part in ("Packages", "Extras", "Device", "Cache", "Encoders", "Settings", "bf16", "No problem found"):
+    for part in (
+        "Packages",
+        "Extras",
+        "Device",
+        "Cache",
+        "Encoders",
+        "Nuclei",
+        "cellpose:",
+        "instanseg:",
+        "Settings",
+        "bf16",
+        "No problem found",
+    ):
         assert part in said
 
 

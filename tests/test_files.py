@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from hespotex import _files
-from hespotex._files import publish, replacing, staged
+from hespotex._files import check_writable, publish, replacing, staged
+from hespotex.data.blockwise import check_target
+from hespotex.errors import OutputError
 
 
 def make(folder: Path, text: str) -> Path:
@@ -108,3 +110,15 @@ def test_a_folder_beside_is_gone_afterwards_and_so_are_those_of_killed_runs(tmp_
     with pytest.raises(KeyError), staged(target):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_a_place_is_tried_without_leaving_anything(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "x.zarr", "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "x.zarr", tmp_path / "file" / "deep" / "x.zarr"):
+        with pytest.raises(OutputError, match="out: nothing can be written to the folder .*file"):
+            check_writable(place, "out")
+        with pytest.raises(OutputError, match="target="):
+            check_target(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -14,10 +14,43 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["exchange", "publish", "replacing", "staged"]
+from .errors import OutputError
+
+__all__ = ["check_writable", "exchange", "publish", "replacing", "staged"]
 
 _SYNCS = 16
 _IN_USE = ".in_use"
+
+
+def check_writable(place: Path, named: str) -> None:
+    """Raise before the work if nothing could be written beside `place`; nothing is left there.
+
+    A folder is made and removed, as permissions alone do not tell: root passes them, and a drive may be read-only.
+
+    Parameters
+    ----------
+    place
+        What is to be written; folders above it that are missing are not made.
+    named
+        The argument, for the message.
+
+    Raises
+    ------
+    OutputError
+        Naming it and the folder.
+    """
+    folder = place.absolute().parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"{named}: nothing can be written to the folder {folder} ({error.strerror or error}); name a place in a folder that can "
+            "be written to"
+        ) from error
 
 
 @contextmanager

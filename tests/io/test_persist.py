@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from spatialdata.models import Labels2DModel
 from spatialdata.testing import assert_spatial_data_objects_are_identical
 
 import hespotex as hx
-from hespotex.errors import DataTypeError, DataValueError, MissingKeyError
+from hespotex.errors import DataTypeError, DataValueError, MissingKeyError, OutputError
 from hespotex.io import _persist
 
 
@@ -237,3 +239,19 @@ def test_killed_at_random_moments(backed):
             assert values[0, 0] >= int(said[-1])
     hx.io.persist(backed, "table")
     assert sorted(path.name for path in backed.path.parent.iterdir()) == ["section.zarr"]
+
+
+def test_a_read_only_store_is_named_before_anything_is_written(backed, monkeypatch):
+    before = sorted(path.name for path in backed.path.parent.iterdir())
+    mkdir = Path.mkdir
+
+    def read_only(self, *arguments, **options):
+        if self.name.endswith(".probe"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(_persist, "_replace", lambda *_: pytest.fail("it writes"))
+    with pytest.raises(OutputError, match=r"sdata\.path=.*Read-only file system"):
+        hx.io.persist(backed, "table")
+    assert sorted(path.name for path in backed.path.parent.iterdir()) == before

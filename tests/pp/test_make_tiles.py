@@ -131,6 +131,20 @@ def test_what_others_made_is_not_replaced(slide_with_tissue):
             assert stored(sdata) == before
 
 
+def test_a_slide_smaller_than_a_tile(slide_with_tissue):
+    """The tile is what does not fit, whatever the pitch."""
+    sdata = slide_with_tissue()
+    slide = resolve_slide(sdata)
+    too_large = min(slide.shape) * slide.mpp + 1
+    before = set(sdata.shapes)
+    height, width = slide.shape
+    with pytest.raises(
+        GeometryError, match=f"smaller than one tile: {width} x {height} px .*set_scale.*lower diameter_um"
+    ):
+        hx.pp.make_tiles(sdata, diameter_um=too_large, pitch_um=50)
+    assert set(sdata.shapes) == before
+
+
 def test_arguments(slide_with_tissue):
     sdata = slide_with_tissue()
     hx.pp.detect_tissue(sdata)

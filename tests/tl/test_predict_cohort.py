@@ -354,6 +354,75 @@ def test_a_folder_of_results_among_the_slides_is_not_taken_for_slides(slides, tr
         assert status(frame) == {"first.tif": "done", "second.tif": "done"}
 
 
+def _as_lazyslide(slide: Path, corners: list[tuple[float, float]]) -> Path:
+    """The store that LazySlide leaves beside a slide, with tissue and tiles of its own."""
+    import geopandas as gpd
+    from shapely.geometry import box
+    from spatialdata.models import ShapesModel
+
+    wsidata = pytest.importorskip("wsidata")
+    wsi = wsidata.open_wsi(slide)
+    wsi.shapes["tissues"] = ShapesModel.parse(gpd.GeoDataFrame({"tissue_id": [0]}, geometry=[box(100, 100, 800, 800)]))
+    squares = [box(x, y, x + 80, y + 80) for x, y in corners]
+    tiles = gpd.GeoDataFrame({"tile_id": np.arange(len(corners)), "tissue_id": 0}, geometry=squares)
+    wsi.shapes["tiles"] = ShapesModel.parse(tiles)
+    wsi.write()
+    wsi.close()
+    return slide.with_suffix(".zarr")
+
+
+def _listing(store: Path) -> dict[str, tuple[int, int]]:
+    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in store.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("format", ["zarr", "h5ad"])
+def test_a_store_of_lazyslide_and_its_slide_are_one(slides, trained, tmp_path, format):
+    corners = [(200.0, 300.0), (328.0, 300.0), (456.0, 300.0)]
+    store = _as_lazyslide(slides / "first.tif", corners)
+    before, out = _listing(store), tmp_path / "out"
+    frame = hx.tl.predict_cohort(slides, trained, out, format=format)
+    assert status(frame) == {"first.tif": "done", "second.tif": "done"}, frame["message"].tolist()
+    assert frame["n_tiles"][0] == 3
+    assert _listing(store) == before
+    own = hx.io.read_wsi(slides / "first.tif")
+    own["tiles"] = sd.read_zarr(store)["tiles"]
+    hx.tl.predict(own, trained)
+    assert np.array_equal(values(out / f"first.{format}"), np.asarray(own["ridge_tiles"].X))
+    # By either name it is the same, and it is there already.
+    seen: list[str] = []
+    for names in ([store], [slides / "first.tif"], [store, slides / "first.tif"]):
+        hx.tl.predict_cohort(names, trained, out, format=format, log=lambda event: seen.append(event["event"]))
+    assert (seen.count("slide_kept"), seen.count("slide_done")) == (3, 0)
+    # Other tiles are another result.
+    shutil.rmtree(store)
+    _as_lazyslide(slides / "first.tif", [*corners, (600.0, 600.0)])
+    assert hx.tl.predict_cohort(slides, trained, out, format=format)["n_tiles"][0] == 4
+    if format == "zarr":
+        assert "slide_properties" not in sd.read_zarr(out / "first.zarr").attrs
+
+
+def test_a_store_of_lazyslide_without_its_slide_says_which_is_missing(slides, trained, tmp_path):
+    store = _as_lazyslide(slides / "first.tif", [(200.0, 300.0)])
+    (slides / "first.tif").unlink()
+    frame = hx.tl.predict_cohort(slides, trained, tmp_path / "out").set_index("error")
+    assert Path(frame.loc["DataValueError", "slide"]) == store
+    assert "no file first with a suffix of slides" in frame.loc["DataValueError", "message"]
+    write_tiff(slides / "first.tif", np.full((400, 400, 3), 200, np.uint8))
+    frame = hx.tl.predict_cohort(slides / "first.tif", trained, tmp_path / "out")
+    assert "cannot be opened together" in frame["message"][0]
+
+
+def test_a_store_of_lazyslide_without_tissue_is_a_bare_slide(slides, trained, tmp_path):
+    wsidata = pytest.importorskip("wsidata")
+    wsidata.open_wsi(slides / "first.tif").write()
+    frame = hx.tl.predict_cohort(slides, trained, tmp_path / "out")
+    assert set(frame["status"]) == {"done"}, frame["message"].tolist()
+    (slides / "first.zarr").rename(tmp_path / "aside")
+    other = hx.tl.predict_cohort(slides / "first.tif", trained, tmp_path / "other")
+    assert other["n_tiles"][0] == frame["n_tiles"][0]
+    assert np.array_equal(values(tmp_path / "out" / "first.zarr"), values(tmp_path / "other" / "first.zarr"))
+
+
 def test_stores_are_slides_too(patients, trained, tmp_path):
     patients[0].write(tmp_path / "measured.zarr")
     frame = hx.tl.predict_cohort(tmp_path / "measured.zarr", trained, tmp_path / "out")

@@ -49,6 +49,7 @@ def examine() -> Iterator[Finding]:
     yield _device()
     yield _disk()
     yield _weights()
+    yield _nuclei()
     yield Finding("Settings", repr(settings).splitlines())
 
 
@@ -172,3 +173,23 @@ def _weights() -> Finding:
             f"weights are free and not here: {', '.join(table.index[~cached & ~table['gated'].astype(bool) & ~families]) or 'none'}",
         ],
     )
+
+
+def _nuclei() -> Finding:
+    """Weights of the networks that find nuclei, where their packages keep them."""
+    from ..errors import MissingWeightsError
+    from ..segmentation import cellpose, instanseg
+
+    try:
+        found = str(cellpose.find_weights())
+    except MissingWeightsError:
+        found = "weights are not here"
+    lines = ["watershed: needs none", f"cellpose: {found}"]
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        lines.append("instanseg: weights are not here, nor huggingface-hub, which keeps them")
+    else:
+        file = try_to_load_from_cache(instanseg._HUB_ID, instanseg._HUB_FILE)
+        lines.append(f"instanseg: {file if isinstance(file, str) else 'weights are not here'}")
+    return Finding("Nuclei", lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from .._files import check_writable
 from ..errors import DataValueError
 from ._app import Encoder, Log, Overwrite, Quiet, Seed, Weights, app
 from ._files import MODEL_MARKS, check_output
@@ -96,22 +97,26 @@ def evaluate(
     *,
     key: Annotated[str | None, typer.Option(help="Key of the prediction; the only one by default.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV to write the scores of all genes to.")] = None,
+    quiet: Quiet = False,
+    log: Log = None,
 ) -> None:
     """Score a stored prediction against the measured counts, beside null models and the noise ceiling."""
     from .. import tl
     from .._demo import summarise
     from ..io._open import open_slide
 
-    if out is not None:
-        if out.is_dir():
-            raise DataValueError(f"--out {out} is a folder; name a CSV file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with step(f"Scoring {slide.name}"):
-        scores = tl.evaluate(open_slide(slide), key, copy=True)
-    assert scores is not None  # copy=True
-    if out is not None:
-        scores.to_csv(out, index=False)
-    typer.echo(summarise(scores).round(3).to_string())
+    with reported("evaluate", log, quiet=quiet) as report:
+        if out is not None:
+            if out.is_dir():
+                raise DataValueError(f"--out {out} is a folder; name a CSV file")
+            check_writable(out, f"--out {out}")
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with report.step(f"Scoring {slide.name}", "evaluate", slide=str(slide)):
+            scores = tl.evaluate(open_slide(slide), key, copy=True)
+        assert scores is not None  # copy=True
+        if out is not None:
+            scores.to_csv(out, index=False)
+        report.result(summarise(scores).round(3).to_string())
 
 
 def _prepare(sdata: SpatialData, model: Model, encoder: str, weights: Path | None) -> None:

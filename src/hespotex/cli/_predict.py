@@ -136,12 +136,12 @@ def _into_store(
 ) -> None:
     """Slide and prediction in one store."""
     from .. import models, tl
-    from ..io._open import open_slide
+    from ..io._open import has_elements, open_slide
 
     fitted = models.load(model)
     sdata = open_slide(slide, mpp)
     with report.step(f"Predicting {slide.name}", "predict", slide=str(slide)):
-        tl.predict(sdata, fitted, mpp=mpp if slide.is_dir() else None, progress_bar=False, **options)
+        tl.predict(sdata, fitted, mpp=mpp if has_elements(slide) else None, progress_bar=False, **options)
     with report.step(f"Writing {out}", "write", output=str(out)):
         write_store(sdata, out)
     report.result(str(out))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._app import BatchSize, Device, Encoder, Log, Mpp, Overwrite, Quiet, Scheduler, Weights, Workers, app
+from ..errors import DataValueError
+from ._app import Device, Encoder, Log, Mpp, Overwrite, Quiet, Scheduler, Weights, Workers, app
 from ._files import STORE_MARKS, check_apart, check_output, write_store
 from ._report import Report, reported
 
@@ -31,7 +32,14 @@ def embed(
     pitch_um: Annotated[
         float | None, typer.Option(help="Distance of tiles on a slide without spots; side by side by default.")
     ] = None,
-    batch_size: BatchSize = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Tiles embedded at a time, or 'auto': what is fastest on the device.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network, for many thousand tiles.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Precision of the network, such as 'bfloat16'.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="How the network's tokens become features, such as 'class'.")
+    ] = None,
     device: Device = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
@@ -41,21 +49,28 @@ def embed(
 ) -> None:
     """Turn the image around each spot into features; on a slide without spots, of tiles on its tissue."""
     from .. import pp
+    from .._keys import Keys
     from ..encoders import create
     from ._cluster import cluster
 
     with reported("embed", log, quiet=quiet) as report:
         check_apart(slide, out)
         check_output(out, STORE_MARKS, "zarr store", overwrite=overwrite)
-        made = create(encoder, **({} if weights is None else {"weights": weights}))
+        tiles = _tiles_at_a_time(batch_size)
+        given = {"weights": weights, "dtype": dtype, "pooling": pooling}
+        made = create(encoder, **{name: value for name, value in given.items() if value is not None})
+        if compile:
+            made.compile()
         sdata = _open(slide, mpp)
-        if not sdata.tables and not sdata.shapes:
+        tissues = {Keys.TISSUE, Keys.TISSUE_LAZYSLIDE}
+        if not sdata.tables and set(sdata.shapes) <= tissues:
             with report.step(f"Laying tiles on {slide.name}", "tiles", slide=str(slide)):
-                pp.detect_tissue(sdata, progress_bar=False)
+                if not sdata.shapes:
+                    pp.detect_tissue(sdata, progress_bar=False)
                 pp.make_tiles(sdata, diameter_um=made.tile_um, pitch_um=made.tile_um if pitch_um is None else pitch_um)
         shown = report.step(f"Embedding {slide.name} with {encoder}", "embed", shows_bar=True, slide=str(slide))
         with cluster(scheduler, workers) as client, shown:
-            pp.embed(sdata, made, batch_size=batch_size, device=device, client=client, progress_bar=report.has_bar)
+            pp.embed(sdata, made, batch_size=tiles, device=device, client=client, progress_bar=report.has_bar)
         _write(sdata, out, report)
 
 
@@ -91,11 +106,19 @@ def segment(
         _write(sdata, out, report)
 
 
+def _tiles_at_a_time(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise DataValueError(f"--batch-size {text} must be a whole number of at least 1, or 'auto'")
+    return int(text)
+
+
 def _open(slide: Path, mpp: float | None) -> SpatialData:
-    from ..io._open import open_slide
+    from ..io._open import has_elements, open_slide
 
     sdata = open_slide(slide, mpp)
-    if mpp is not None and slide.is_dir():
+    if mpp is not None and has_elements(slide):
         from .. import pp
 
         pp.set_scale(sdata, mpp=mpp)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .._files import publish, staged
+from .._files import check_writable, publish, staged
 from .._memory import available_bytes
 from ..errors import DataValueError
 from .elements import shapes_kept
@@ -114,15 +114,16 @@ def publish_store(store: Path, path: Path) -> None:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise if there is something at the place of a store to write.
+    """Raise if there is something at the place of a store to write, or nothing can be written there.
 
     Raises
     ------
-    DataValueError
+    DataValueError, OutputError
         Naming it.
     """
     if Path(path).exists():
         raise DataValueError(f"target={str(path)!r} exists already; name a folder that does not, or remove it first")
+    check_writable(Path(path), f"target={str(path)!r}")
 
 
 def check_fits(n_obs: int, n_genes: int, n_arrays: int, what: str, way_out: str = _OF_A_PREDICTION) -> None:

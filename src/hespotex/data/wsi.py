@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from .._keys import Keys
 from ..errors import DataValueError, ScaleError
 from .elements import image_element
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from ..image.files import Picture
 
-__all__ = ["has_reader", "set_reader_mpp", "slide_of_reader", "stated_by_reader"]
+__all__ = ["OF_WSIDATA", "has_reader", "set_reader_mpp", "slide_of_reader", "stated_by_reader", "with_slide"]
+
+OF_WSIDATA = "slide_properties"  # what wsidata notes of the slide in the attrs of its object
 
 _OPENED: WeakKeyDictionary[Any, Picture] = WeakKeyDictionary()  # by reader: a slide is opened once
 _SAME_FILE = {"openslide", "tiffslide"}  # readers of files whose pixels we read ourselves, several times as fast
@@ -60,6 +63,17 @@ def slide_of_reader(sdata: Any) -> DataArray | DataTree:
     """
     picture = _open(sdata)
     return image_element(picture.levels, _mpp(sdata, picture))
+
+
+def with_slide(sdata: Any) -> Any:
+    """All of a ``WSIData`` as a SpatialData that holds the slide itself, to be written; other objects as they are."""
+    from spatialdata import SpatialData
+
+    if not has_reader(sdata):
+        return sdata
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    attrs = {name: value for name, value in sdata.attrs.items() if name != OF_WSIDATA}
+    return SpatialData.init_from_elements({**elements, Keys.WSI: slide_of_reader(sdata)}, attrs=attrs)
 
 
 def stated_by_reader(sdata: Any, shape: tuple[int, int]) -> float | None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import exchange, replacing
+from .._files import check_writable, exchange, replacing
 from .._logging import logger
 from ..data.elements import shapes_kept
 from ..errors import DataTypeError, DataValueError, MissingKeyError
@@ -59,8 +59,10 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
         old version of one of them.
     MissingKeyError
         If the object has no such element.
+    OutputError
+        If the store or the folder it lies in is read-only.
     OSError
-        If the disk is full or the store is read-only; the store is then as it was.
+        If the disk is full; the store is then as it was.
 
     Examples
     --------
@@ -84,6 +86,11 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
     if unknown := [name for name in chosen if name not in kinds]:
         raise MissingKeyError(f"names={unknown} are no elements of the object; there are {sorted(kinds)}")
     _check_readers(sdata, store, kinds, chosen)
+    for place in (
+        store,
+        store / "zarr.json",
+    ):  # the new version is written beside it, the exchange changes what is in it
+        check_writable(place, f"sdata.path={str(store)!r}")
 
     beside = store.with_name(f".{store.name}.hespotex")
     with _alone(store):

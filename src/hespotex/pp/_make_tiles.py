@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shapely.geometry.base import BaseGeometry
     from spatialdata import SpatialData
 
-__all__ = ["make_tiles"]
+__all__ = ["check_holds_a_tile", "make_tiles"]
 
 
 def make_tiles(
@@ -70,7 +70,7 @@ def make_tiles(
     MissingKeyError
         If no tissue was detected.
     GeometryError
-        If no tile falls on tissue, or a table annotates tiles that would change.
+        If the slide is smaller than one tile, no tile falls on tissue, or a table annotates tiles that would change.
     DataValueError
         If `key_added` is taken by something that this function did not make, or is no legal key.
 
@@ -95,6 +95,7 @@ def make_tiles(
                 == {Keys.TILE_ID, "radius", "geometry"}
             ),
         )
+    check_holds_a_tile(slide, diameter_um)
     tissue = tissue_outline(sdata, slide, shapes_key)
     centres, _ = lay_lattice(slide.shape, pitch_um / slide.mpp, lattice)
     centres = centres[_inside(tissue, centres)]
@@ -110,6 +111,16 @@ def make_tiles(
     sdata[key_added] = tiles
     logger.info("make_tiles: %d tiles on tissue; wrote shapes[%r]", len(tiles), key_added)
     return None
+
+
+def check_holds_a_tile(slide: Slide, diameter_um: float) -> None:
+    """Raise a GeometryError if `slide` is smaller than one tile."""
+    if min(slide.shape) * slide.mpp < diameter_um:
+        raise GeometryError(
+            f"the slide is smaller than one tile: {slide.shape[1]} x {slide.shape[0]} px at {slide.mpp:g} µm/px, a tile "
+            f"measures {diameter_um:g} µm. If the scale is wrong, give the right one with mpp= or hx.pp.set_scale(sdata, mpp=...); "
+            "else lower diameter_um"
+        )
 
 
 def _inside(tissue: BaseGeometry, centres: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from ..data.lock import locked
 from ..data.provenance import digest
 from ..encoders import create
 from ..errors import DataTypeError, DataValueError, ModelMismatchError, OutputError
+from ..io._open import has_elements
 from ..models import Model
 from ..models._store import identify, recall
 from ._blocks import chosen_genes
@@ -227,7 +228,8 @@ class _Wanted:
         return json.dumps(given | {"format": self.format}, sort_keys=True, default=str)
 
     def identity(self, state: SlideState) -> str:
-        return digest(_CONTENT, [state.size, state.mtime_ns, state.fingerprint], self.model, self.options)
+        about = [state.size, state.mtime_ns, state.fingerprint, *([state.store] if state.store else [])]
+        return digest(_CONTENT, about, self.model, self.options)
 
     def job(self, row: Row, path: Path, state: SlideState, *, replaces: bool) -> Job:
         return Job(
@@ -247,7 +249,7 @@ class _Wanted:
 def _check_keys(keys: Mapping[str, str | None], slides: Sequence[Path]) -> None:
     """Raise if elements of stores are named and there is no store."""
     given = ", ".join(f"{name}={key!r}" for name, key in keys.items() if key is not None)
-    if given and not any(slide.is_dir() for slide in slides):
+    if given and not any(has_elements(slide) for slide in slides):
         raise DataValueError(f"{given}: these name elements of SpatialData stores, and no slide is one; leave them out")
 
 
@@ -277,7 +279,7 @@ def _check_here(model: Model, slides: Sequence[Path], device: str | None, weight
     """Raise what would meet every slide on this machine: a device that is not there, an encoder without its weights."""
     resolve_device(device)
     recipe = model.recipe
-    if recipe is None or not recipe.encoder or not any(slide.is_file() for slide in slides):
+    if recipe is None or not recipe.encoder or all(has_elements(slide) for slide in slides):
         return  # stores may hold their embedding
     options = dict(recipe.encoder) | ({} if weights is None else {"weights": weights})
     create(options.pop("name"), **options)

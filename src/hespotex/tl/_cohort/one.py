@@ -20,8 +20,10 @@ from ..._keys import Keys, sanitize
 from ..._settings import settings
 from ...data.geometry import find_image_key, resolve_slide
 from ...data.tables import resolve_table
-from ...errors import DataValueError, GeometryError, HespotexError, HespotexWarning, WorkerError
-from ...io._open import open_slide
+from ...data.wsi import OF_WSIDATA
+from ...errors import DataValueError, HespotexError, HespotexWarning, WorkerError
+from ...io._open import has_elements, open_slide
+from ...pp._make_tiles import check_holds_a_tile
 from .._predict import predict
 from .slides import SlideState, printable
 
@@ -188,14 +190,16 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
     if _is_there(job):  # by a worker that died before it could say so
         outcome.n_tiles, outcome.n_genes = written_sizes(Path(job.output))
         return
-    is_file = path.is_file()
+    is_file = not has_elements(path)
     with timed("read"):
         sdata = open_slide(path, job.mpp if is_file else None)
     image_key = None if is_file else job.image_key
     keys: dict[str, Any] = {} if is_file else {"table_key": job.table_key, "shapes_key": job.shapes_key}
     bare = not sdata.tables and not sdata.shapes and not any(keys.values())
     if bare and recipe.tiles and not model.reads_parts:
-        _check_size(sdata, recipe.tiles, image_key)
+        if not is_file and job.mpp is not None:
+            pp.set_scale(sdata, mpp=job.mpp, image_key=image_key)
+        check_holds_a_tile(resolve_slide(sdata, image_key=image_key), recipe.tiles["diameter_um"])
         with timed("tissue"):
             pp.detect_tissue(sdata, image_key=image_key)
         with timed("tiles"):
@@ -264,16 +268,6 @@ def _is_there(job: Job) -> bool:
     )
 
 
-def _check_size(sdata: SpatialData, tiles: Mapping[str, Any], image_key: str | None) -> None:
-    slide = resolve_slide(sdata, image_key=image_key)
-    side = min(slide.shape) * slide.mpp
-    if side < tiles["diameter_um"]:
-        raise GeometryError(
-            f"the slide is smaller than one tile: {slide.shape[1]} x {slide.shape[0]} px at {slide.mpp:g} µm/px, a tile "
-            f"measures {tiles['diameter_um']:g} µm. If the scale is wrong, give the right one with mpp="
-        )
-
-
 def _write(sdata: SpatialData, key: str, table_key: str, slide: Slide, job: Job, outcome: Outcome) -> None:
     about = {
         SLIDE: {
@@ -317,7 +311,8 @@ def _without_pixels(sdata: SpatialData, about: Mapping[str, Any]) -> SpatialData
         if "spatialdata_attrs" in table.uns and {*_listed(get_table_keys(table)[0])} <= set(sdata.shapes)
     }
     ours = {**sdata.attrs.get(Keys.NAMESPACE, {}), **about}
-    return SpatialData(shapes=dict(sdata.shapes), tables=tables, attrs={**sdata.attrs, Keys.NAMESPACE: ours})
+    attrs = {name: value for name, value in sdata.attrs.items() if name != OF_WSIDATA}  # it is no store of LazySlide's
+    return SpatialData(shapes=dict(sdata.shapes), tables=tables, attrs={**attrs, Keys.NAMESPACE: ours})
 
 
 def _listed(region: Any) -> list[str]:

@@ -9,37 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataValueError
-from ...io._open import is_store
+from ...io._open import SUFFIXES, is_store, slides_beside, store_beside
 
 __all__ = ["SUFFIXES", "SlideState", "find_slides", "printable", "state_of"]
 
-# What is taken for a slide in a folder. Not JPEG and PNG: beside slides these are thumbnails.
-SUFFIXES = (
-    ".bif",
-    ".btf",
-    ".czi",
-    ".mrxs",
-    ".ndpi",
-    ".scn",
-    ".svs",
-    ".svslide",
-    ".tif",
-    ".tiff",
-    ".vms",
-    ".vmu",
-    ".zarr",
-)
 _SAMPLES = 16
 _SAMPLE_BYTES = 65_536
 
 
 @dataclass(frozen=True)
 class SlideState:
-    """By what a slide is known again: bytes, time of its last change, and a hash of samples of its content."""
+    """By what a slide is known again: bytes, time of its last change, and a hash of samples of its content.
+
+    `store` is a digest of names, sizes and times of the files in LazySlide's store beside it, where there is one.
+    """
 
     size: int
     mtime_ns: int
     fingerprint: str
+    store: str = ""
 
 
 def find_slides(paths: str | Path | Sequence[str | Path], *, but: Path) -> list[Path]:
@@ -65,12 +53,23 @@ def find_slides(paths: str | Path | Sequence[str | Path], *, but: Path) -> list[
             found += inside
         else:
             found.append(path)
-    places = [path.absolute() for path in found]  # links stay: a slide goes by the name it was given
+    places = _without_stores([path.absolute() for path in found])  # links stay: a slide goes by the name it was given
     if twice := sorted(str(place) for place, times in Counter(map(Path.resolve, places)).items() if times > 1):
         raise DataValueError(f"paths: the same slide is named more than once: {', '.join(twice[:5])}")
     if not places:
         raise DataValueError("paths is empty: name slides, or a folder of slides")
     return places
+
+
+def _without_stores(places: Sequence[Path]) -> list[Path]:
+    """`places`, with each LazySlide store replaced by its slide, which is opened with it, and once."""
+    kept, given = [], set(places)
+    for place in places:
+        slides = slides_beside(place)
+        if given.intersection(slides):
+            continue
+        kept.append(slides[0] if len(slides) == 1 else place)
+    return kept
 
 
 def _inside(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -111,7 +110,19 @@ def state_of(path: Path) -> SlideState:
         if len(files) > 1:
             state.update(f"{file.relative_to(path.parent)}\0{about.st_size}\0".encode())
     _sample(path if path.is_file() else _largest(files), state)
-    return SlideState(size, changed, state.hexdigest())
+    return SlideState(size, changed, state.hexdigest(), _listing(store_beside(path)))
+
+
+def _listing(store: Path | None) -> str:
+    if store is None:
+        return ""
+    listing = hashlib.sha256()
+    for file in sorted(file for file in store.rglob("*") if file.is_file()):
+        about = file.stat()
+        listing.update(
+            f"{file.relative_to(store)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
+    return listing.hexdigest()
 
 
 def _largest(files: Sequence[Path]) -> Path:
