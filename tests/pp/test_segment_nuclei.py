@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from hespotex.errors import (
     HespotexWarning,
     MissingKeyError,
     MissingWeightsError,
+    OutputError,
     ScaleError,
 )
 from hespotex.pp import _nuclei_source, _segment_nuclei
@@ -426,7 +428,7 @@ def test_a_store_that_fails_leaves_nothing(scene, tmp_path, monkeypatch) -> None
     with pytest.raises(DataValueError, match="copy=True"):
         hx.pp.segment_nuclei(sdata, target=tmp_path / "a.zarr", copy=True)
     (tmp_path / "file").touch()
-    with pytest.raises(DataValueError, match="could not be written"):
+    with pytest.raises(OutputError, match="nothing can be written to the folder"):
         hx.pp.segment_nuclei(sdata, target=tmp_path / "file" / "a.zarr")
 
     def full(*_) -> None:
@@ -583,12 +585,168 @@ def test_instanseg_is_a_method(name: str, tmp_path) -> None:
     }
 
 
-def test_more_nuclei_than_memory_are_sent_to_disk(scene, monkeypatch) -> None:
-    monkeypatch.setattr(_segment_nuclei, "available_bytes", lambda: 100_000)
+class StubCellpose:
+    """Stands where ``cellpose.models.CellposeModel`` is: dark regions of about the diameter that it is told."""
+
+    def __init__(self, gpu: bool, pretrained_model: str, device) -> None:
+        assert (gpu, device.type) == (False, "cpu")
+        self.weights, self.seen = pretrained_model, []
+        StubCellpose.last = self
+
+    def eval(self, image: np.ndarray, *, channel_axis: int, diameter: float) -> tuple:
+        from skimage.measure import label
+
+        assert image.dtype == np.uint8
+        assert image.shape[channel_axis] == 3
+        self.seen.append((image.shape, diameter))
+        regions = label(image.mean(axis=channel_axis) < 150, connectivity=1)
+        sizes = np.sqrt(4 / np.pi * np.bincount(regions.ravel()))
+        fitting = (sizes > 0.6 * diameter) & (sizes < 1.5 * diameter)
+        fitting[0] = False
+        return np.where(fitting[regions], regions, 0).astype(np.uint16), [], np.zeros(256)
+
+
+@pytest.fixture
+def cellpose_weights(tmp_path, monkeypatch):
+    """Path of a file that takes the place of weights, where the network that they belong to is a stub."""
+    monkeypatch.setitem(sys.modules, "cellpose.models", SimpleNamespace(CellposeModel=StubCellpose))
+    path = tmp_path / "cpsam"
+    path.touch()
+    return path
+
+
+def test_cellpose_finds_the_same_in_blocks_and_in_one_piece(cellpose_weights, monkeypatch) -> None:
+    centres = np.stack(np.meshgrid(np.arange(75, 310, 25), np.arange(25, 310, 25)), axis=-1).reshape(-1, 2)
+    centres = centres + np.random.default_rng(0).uniform(-2, 2, centres.shape)  # every fourth row and column on a seam
+    image, truth = discs((SIDE, SIDE), centres, 8)
+    here, blocks = make(image), make(image)
+    options = {"model": cellpose_weights, "device": "cpu"}
+    hx.pp.segment_nuclei(here, "cellpose", **options)
+    assert len(StubCellpose.last.seen) == 1
+    assert StubCellpose.last.weights == str(cellpose_weights)
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 100)
+    hx.pp.segment_nuclei(blocks, "cellpose", **options)
+    assert len(StubCellpose.last.seen) == 16
+    same_nuclei(blocks, here)
+    assert np.array_equal(blocks["nuclei_labels"].values, here["nuclei_labels"].values)
+    hits, n_true, n_found = matched(truth, here["nuclei_labels"].values, 0.9)
+    assert hits == n_true == n_found
+    assert np.array_equal(here["table"].obs["n_nuclei"], expected_counts(truth))
+    note = here["table"].uns["hespotex"]["n_nuclei"]
+    assert note["params"] == {"method": "cellpose", "diameter_um": 8.0, "simplify_um": 0.25}
+
+
+def test_cellpose_writes_to_disk_what_it_writes_to_memory(scene, cellpose_weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 100)
+    here, there = make(scene[0]), make(scene[0])
+    options = {"model": cellpose_weights, "device": "cpu"}
+    hx.pp.segment_nuclei(here, "cellpose", **options)
+    hx.pp.segment_nuclei(there, "cellpose", target=tmp_path / "nuclei.zarr", **options)
+    found = read_zarr(tmp_path / "nuclei.zarr")
+    same_nuclei(found, here)
+    assert np.array_equal(found["nuclei_labels"].values, here["nuclei_labels"].values)
+    pd.testing.assert_frame_equal(there["table"].obs, here["table"].obs)
+    assert "nuclei" not in there
+
+
+@pytest.mark.parametrize(("mpp", "working"), [(0.5, None), (0.25, None), (0.25, 0.25), (0.8, None)])
+def test_cellpose_is_told_the_diameter_in_the_pixels_that_it_sees(cellpose_weights, mpp: float, working) -> None:
+    """Of nuclei of 8 µm and of 16 µm it is those asked for that are found, whatever the image's scale."""
+    small, large = np.array([[90, 30], [90, 120], [60, 80]]), np.array([[130, 75], [115, 30]])  # µm
+    size = int(160 / mpp)
+    image, truth = discs((size, size), small / mpp, 4 / mpp)
+    other, more = discs((size, size), large / mpp, 8 / mpp)
+    image = np.where(more[..., None] > 0, other, image)
+    options = {"model": cellpose_weights, "device": "cpu", "mpp": working}
+    expected = mpp if working else max(mpp, 0.5)
+    for diameter_um, wanted in ((8.0, truth), (16.0, more)):
+        sdata = make(image, mpp=mpp, table=False)
+        hx.pp.segment_nuclei(sdata, "cellpose", diameter_um=diameter_um, **options)
+        ((shape, diameter),) = StubCellpose.last.seen
+        assert diameter == pytest.approx(diameter_um / expected)
+        assert shape[0] > 160 / expected + 2 * diameter  # surroundings in the same pixels
+        assert len(sdata["nuclei"]) == wanted.max()
+        found = sdata["nuclei_features"][:, "area_um2"].X
+        np.testing.assert_allclose(found, np.pi * diameter_um**2 / 4, rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("masks", "error", "message"),
+    [
+        (lambda shape: np.zeros((shape[0] // 2, shape[1] // 2), np.uint16), DataValueError, "labels of shape"),
+        (lambda shape: np.zeros((1, *shape[:2]), np.uint16), DataValueError, "labels of shape"),
+        (lambda shape: np.zeros(0), DataValueError, "labels of shape"),
+        (lambda shape: np.full(shape[:2], -1), DataValueError, "negative label -1"),
+        (lambda shape: np.full(shape[:2], 0.5), DataTypeError, "float64"),
+    ],
+)
+def test_masks_of_cellpose_that_are_none_are_refused(scene, cellpose_weights, monkeypatch, masks, error, message):
+    monkeypatch.setattr(StubCellpose, "eval", lambda self, image, **_: (masks(image.shape), [], None))
     sdata = make(scene[0])
-    with pytest.raises(DataValueError, match="target='nuclei.zarr'"):
+    with pytest.raises(error, match=message):
+        hx.pp.segment_nuclei(sdata, "cellpose", model=cellpose_weights, device="cpu")
+    assert {name for _, name, _ in sdata.gen_elements()} == {"image", "spots", "table"}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_the_installed_cellpose_is_a_method(scene, tmp_path, monkeypatch) -> None:
+    """All of Cellpose but its network, in whose place are the flows of dark regions."""
+    from hespotex._optional import ensure_torchvision
+
+    ensure_torchvision()
+    models = pytest.importorskip("cellpose.models")
+    if not hasattr(models, "CPSAM"):
+        pytest.skip("this version of Cellpose names its network otherwise")
+    import torch
+    from cellpose.dynamics import labels_to_flows
+    from skimage.measure import label
+
+    seen = []
+
+    class Flows(torch.nn.Module):
+        def __init__(self, dtype) -> None:
+            super().__init__()
+            self.device, self.dtype = torch.device("cpu"), torch.float32
+
+        def load_model(self, path: str, device) -> None:
+            assert path == str(tmp_path / "weights")
+
+        def forward(self, tiles):
+            maps = np.empty((len(tiles), 3, *tiles.shape[2:]), np.float32)
+            for place, tile in zip(maps, tiles.numpy(), strict=True):
+                # Cellpose has set 0 and 1 to the darkest and the brightest percent, and pads with 0
+                regions = label((tile.mean(axis=0) < 0.4) & (tile != 0).any(axis=0), connectivity=1)
+                sizes = np.bincount(regions.ravel())
+                seen.extend(np.sqrt(4 / np.pi * sizes[1:]).tolist())
+                regions[(sizes < 30)[regions]] = 0
+                place[2] = np.where(regions > 0, 6.0, -6.0)
+                place[:2] = 0 if not regions.any() else 5 * labels_to_flows([regions], device=self.device)[0][2:4]
+            return torch.from_numpy(maps), torch.zeros(len(tiles), 256)
+
+    torch.save({}, tmp_path / "weights")
+    monkeypatch.setattr(models, "CPSAM", Flows)
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 200)
+    sdata = make(scene[0])
+    hx.pp.segment_nuclei(sdata, "cellpose", model=tmp_path / "weights", device="cpu")
+    assert np.median(seen) == pytest.approx(30, abs=2)  # the size in pixels that its network was trained for
+    hits, n_true, n_found = matched(scene[1], sdata["nuclei_labels"].values, 0.7)
+    assert hits == n_true == n_found
+
+
+def test_more_nuclei_than_memory_are_sent_to_disk(scene, tmp_path, monkeypatch) -> None:
+    number = int(scene[1].max())
+    needed = number * _segment_nuclei.OBJECT_BYTES
+    sdata = make(scene[0])
+    monkeypatch.setattr(_segment_nuclei, "available_bytes", lambda: int(1.2 * needed))  # of which 80 % are too little
+    said = rf"^{number} nuclei .*take {needed / 1e6:.1f} MB.* {1.2 * needed / 1e6:.1f} MB of memory.*80%.*"
+    with pytest.raises(DataValueError, match=said + r"hx\.pp\.segment_nuclei\(\.\.\., target='nuclei\.zarr'\)"):
         hx.pp.segment_nuclei(sdata)
     assert "nuclei" not in sdata
+    hx.pp.segment_nuclei(sdata, target=tmp_path / "nuclei.zarr")
+    assert len(read_zarr(tmp_path / "nuclei.zarr")["nuclei"]) == number
+    monkeypatch.setattr(_segment_nuclei, "available_bytes", lambda: int(1.3 * needed))
+    hx.pp.segment_nuclei(sdata)
+    assert len(sdata["nuclei"]) == number
 
 
 def test_boundaries_that_cannot_be_placed_or_used_are_refused(scene) -> None:

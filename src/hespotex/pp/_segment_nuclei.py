@@ -120,8 +120,10 @@ def segment_nuclei(
     key_added
         Name of the outlines; those of the label image and of the table are derived from it.
     target
-        Folder of a zarr store, for more nuclei than fit into memory (some million): they are written there, row of
-        blocks by row of blocks, as a SpatialData that appears only when whole. `sdata` gets the counts alone.
+        Folder of a zarr store, for more nuclei than fit into memory: they are written there, row of blocks by row of
+        blocks, as a SpatialData that appears only when whole. `sdata` gets the counts alone. Without it the call stops
+        with an error as soon as nuclei, at 1.5 kB each, would take more than 80 % of the free memory: about half a
+        million nuclei per free GB.
     copy
         Return the outlines in place of writing anything.
     progress_bar
@@ -161,6 +163,8 @@ def segment_nuclei(
         If labels are not whole numbers, or negative, or have another size than the image; if no outline can be used, or
         ids are not unique; if no nucleus is found; if `key_added` or a column of counts is taken by something that this
         function did not make; if `target` exists or cannot be written, or nuclei do not fit into memory without it.
+    OutputError
+        If nothing can be written to the folder of `target`.
     WorkerError
         If the workers of `client` are lost.
 
@@ -305,11 +309,15 @@ def _fitting(found: Iterator[Nuclei]) -> Iterator[Nuclei]:
         free = available_bytes()
         if free is not None and count * OBJECT_BYTES > SPARE * free:
             raise DataValueError(
-                f"{count} nuclei of a part of the slide take {count * OBJECT_BYTES / 1e9:.1f} GB already, and "
-                f"{free / 1e9:.1f} GB are free. Write them to disk: "
+                f"{count} nuclei of a part of the slide take {_size(count * OBJECT_BYTES)} already, and {_size(free)} of "
+                f"memory are free, of which {SPARE:.0%} may be used. Write them to disk: "
                 f"hx.pp.segment_nuclei(..., target='nuclei.zarr'), which goes on where this stopped"
             )
         yield nuclei
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def _label_type(source: Source) -> np.dtype:

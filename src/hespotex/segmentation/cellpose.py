@@ -84,7 +84,8 @@ class CellposeSegmenter:
         if self._model is None and self.path is not None:
             self._model = _load(self.path, self._device)
         masks, *_ = self._model.eval(rgb, channel_axis=-1, diameter=self.diameter_px, **self.eval_options)
-        return np.asarray(masks).astype(np.int32)
+        masks = np.asarray(masks)
+        return masks.astype(np.int32) if masks.dtype.kind in "iu" else masks  # others are refused, not rounded
 
     def __getstate__(self) -> dict[str, Any]:
         # A network does not travel; the worker of a cluster loads it from where it is.
