@@ -11,6 +11,7 @@ import pytest
 import hespotex as hx
 from hespotex.encoders import _licence
 from hespotex.errors import (
+    CheckpointError,
     DataValueError,
     HespotexWarning,
     MissingDependencyError,
@@ -111,3 +112,139 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "musk", None)
     with pytest.raises(MissingDependencyError, match="lazyslide:musk"):
         quietly("lazyslide:musk")
+
+
+@pytest.fixture
+def checkpoint(small, tmp_path):
+    """Weights of the small transformer as ``uni`` is published."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(timm.create_model("uni").state_dict(), path)
+    return path
+
+
+TILES = np.random.default_rng(0).integers(0, 255, (3, 224, 224, 3), dtype=np.uint8)
+
+
+def test_a_file_on_this_machine_is_loaded_and_found_again(checkpoint, tmp_path):
+    state = torch.load(checkpoint)
+    state["norm.bias"] += 1  # other weights than those that the network would begin with
+    torch.save(state, checkpoint)
+    with hx.settings.override(cache_dir=tmp_path / "cache"):
+        encoder = quietly("lazyslide:uni", weights=checkpoint)
+        features = encoder.encode(TILES, "cpu")
+        assert np.abs(features - quietly("lazyslide:uni2").encode(TILES, "cpu")).min() > 0.5
+        assert encoder.weights_file() == checkpoint
+        assert str(checkpoint) not in str(encoder.params())
+        again = hx.encoders.create(**encoder.params())
+        assert again.params() == encoder.params()
+    np.testing.assert_array_equal(again.encode(TILES, "cpu"), features)
+
+
+def test_files_that_cannot_be_used(checkpoint, tmp_path):
+    with pytest.raises(DataValueError, match="takes no weights=.* as 'h0-mini'"):
+        quietly("lazyslide:h0-mini", weights=checkpoint)
+    with pytest.raises(DataValueError, match="takes no weights=.* as 'quiltnet'"):
+        quietly("lazyslide:quiltnet-b32", weights=checkpoint)
+    with pytest.raises(DataValueError, match="takes no weights=.*timm:<folder>"):
+        quietly("lazyslide:lunit-dino-s16", weights=checkpoint)
+    with pytest.raises(DataValueError, match="ignores files$"):
+        quietly("lazyslide:ctranspath", weights=checkpoint)
+    with pytest.raises(MissingWeightsError, match="not a PyTorch checkpoint"):
+        quietly("lazyslide:uni", weights=tmp_path / "nothing.bin")
+    with pytest.raises(MissingWeightsError, match="not a folder"):
+        quietly("lazyslide:plip", weights=checkpoint)
+    torch.save({"code": print}, tmp_path / "code.bin")
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        quietly("lazyslide:omiclip", weights=tmp_path / "code.bin")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.bin")
+    with pytest.raises(CheckpointError, match="'other.bin' is not the PyTorch checkpoint that its loader takes"):
+        quietly("lazyslide:uni", weights=tmp_path / "other.bin")
+    with pytest.raises(ModelMismatchError, match="other weights"):
+        quietly("lazyslide:uni", weights=checkpoint, weights_sha256="0" * 64)
+
+
+def test_every_loader_that_is_said_to_take_a_file_uses_it():
+    """And no other does, but those that name it in an error only."""
+    from hespotex.encoders.lazyslide import _LOADS, image_models
+
+    using = {key for key, kind in image_models().items() if _reads(kind.__init__, "model_path")}
+    assert using - set(_LOADS) <= {"musk", "titan", "conch_v1.5", "conch-madeleine"}
+    assert set(_LOADS) <= using
+
+
+def _reads(function, name):
+    import dis
+
+    return any(step.argval == name for step in dis.get_instructions(function) if step.opname.startswith("LOAD"))
+
+
+def test_without_the_network_the_error_says_how_to_pass_a_file():
+    with pytest.raises(MissingWeightsError, match=r"pass the PyTorch checkpoint: weights='<checkpoint>'"):
+        quietly("lazyslide:gigapath-flash")
+    with pytest.raises(MissingWeightsError, match="takes no file; the same network takes one as 'h0-mini'"):
+        quietly("lazyslide:h0-mini")
+
+
+def test_half_precision_is_close(small):
+    full, half = (quietly("lazyslide:lunit-dino-s16", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert next(half._model.model.parameters()).dtype == torch.bfloat16
+    assert "dtype" not in full.params()
+    assert hx.encoders.create(**half.params()).params() == half.params()
+    a, b = full.encode(TILES, "cpu"), half.encode(TILES, "cpu")
+    assert b.dtype == np.float32
+    assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
+    assert half.encode_patches(TILES, "cpu").dtype == np.float32
+    with pytest.raises(DataValueError, match="int4"):
+        quietly("lazyslide:lunit-dino-s16", dtype="int4")
+
+
+def test_models_that_do_not_compute_in_half_precision_say_so(small, monkeypatch):
+    kind = lazyslide_models.MODEL_REGISTRY["lunit-dino-s16"]
+    monkeypatch.setattr(kind, "encode_image", lambda self, image: self.model(image.float()))
+    with pytest.raises(DataValueError, match="does not compute in dtype='bfloat16'"):
+        quietly("lazyslide:lunit-dino-s16", dtype="bfloat16")
+
+
+def test_what_is_compiled_is_what_encoding_calls(small, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    encoder = quietly("lazyslide:lunit-dino-s16")
+    encoder.compile()
+    assert compiled == [(encoder._model.model, {"dynamic": False})]
+    assert encoder.is_compiled
+    assert encoder.fitting_batch_size("cpu") >= 8
+    assert encoder.is_compiled
+
+
+def test_batches_of_a_compiled_model_are_filled_up_and_where_torch_cannot_it_goes_on(small, monkeypatch, caplog):
+    seen = []
+    encoder = quietly("lazyslide:lunit-dino-s16")
+    plain, run = encoder.encode(TILES, "cpu"), encoder._model.model.forward
+
+    def call(images):
+        seen.append(len(images))
+        if len(seen) > 2:
+            raise ValueError("no C++ compiler")
+        return run(images)
+
+    def compile_(module, **options):
+        module._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    encoder.compile()
+    np.testing.assert_allclose(encoder.encode(TILES, "cpu"), plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES[:1], "cpu"), plain[:1], rtol=1e-4, atol=1e-5)
+    assert seen == [3, 3]
+    np.testing.assert_allclose(encoder.encode(TILES, "cpu"), plain, rtol=1e-4, atol=1e-5)
+    assert "no C++ compiler" in caplog.text
+    assert not encoder.is_compiled
+
+
+@pytest.mark.slow
+def test_compiled_it_gives_the_same(small):
+    encoder = quietly("lazyslide:lunit-dino-s16")
+    plain = encoder.encode(TILES, "cpu")
+    encoder.compile()
+    np.testing.assert_allclose(encoder.encode(TILES, "cpu"), plain, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(encoder.encode(TILES[:2], "cpu"), plain[:2], rtol=1e-3, atol=1e-4)
+    assert encoder.is_compiled

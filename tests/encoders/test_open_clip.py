@@ -249,6 +249,103 @@ def test_other_models_of_the_hub_are_found_again_in_its_cache(weights, tmp_path,
             hx.encoders.create(**params | {"weights_sha256": "0" * 64})
 
 
+@pytest.fixture
+def layout(tmp_path):
+    """A small model of the hub as open_clip publishes it: configuration and weights of both towers."""
+    folder = tmp_path / "published" / "quilt"
+    folder.mkdir(parents=True)
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+    config = {"model_cfg": {**CONFIG, "quick_gelu": True}, "preprocess_cfg": pixels}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    model = open_clip.CLIP(CONFIG["embed_dim"], CONFIG["vision_cfg"], CONFIG["text_cfg"], quick_gelu=True)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+def published_layout(folder, tiles) -> np.ndarray:
+    """Image features by open_clip's own loader of such a folder, with its own normalisation."""
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.visual.image_mean, model.visual.image_std))
+    with torch.no_grad():
+        return model.encode_image(
+            (torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std, normalize=True
+        ).numpy()
+
+
+def test_a_folder_as_open_clip_publishes_it_says_how_it_is_to_be_used(layout, tiles):
+    encoder = hx.encoders.create(f"open_clip:{layout}")
+    assert encoder.name == "open_clip:quilt"
+    assert (encoder.n_features, encoder.tile_px) == (16, 64)
+    expected = published_layout(layout, tiles)
+    np.testing.assert_allclose(encoder.encode(tiles, "cpu"), expected, atol=1e-5)
+    params = json.loads(json.dumps(encoder.params()))
+    assert str(layout.parent) not in str(params)
+    assert "text_cfg" not in str(params)
+    again = hx.encoders.create(**params)
+    assert again.params() == encoder.params()
+    np.testing.assert_array_equal(again.encode(tiles, "cpu"), encoder.encode(tiles, "cpu"))
+    by_file = hx.encoders.create(f"open_clip:{layout / 'open_clip_pytorch_model.bin'}")
+    assert by_file.params() == params
+
+
+def test_a_model_of_the_hub_is_taken_by_its_name_from_the_cache(layout, tiles, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(_licence, "_SHOWN", set())
+    with pytest.raises(MissingWeightsError, match="huggingface.co/me/quilt .*open_clip:<folder>"):
+        hx.encoders.create("open_clip:hf-hub:me/quilt")
+    snapshot = tmp_path / "hub" / "models--me--quilt" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in layout.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    with pytest.warns(HespotexWarning, match="open_clip:hf-hub:me/quilt: .*https://huggingface.co/me/quilt"):
+        encoder = hx.encoders.create("open_clip:hf-hub:me/quilt")
+    np.testing.assert_allclose(encoder.encode(tiles, "cpu"), published_layout(layout, tiles), atol=1e-5)
+    params = json.loads(json.dumps(encoder.params()))
+    assert params["weights_name"] == "hf-hub:me/quilt"
+    assert hx.encoders.create(**params).params() == params
+    (snapshot / "open_clip_config.json").unlink()  # what it said is part of the parameters
+    assert hx.encoders.create(**params).params() == params
+
+
+def test_a_tower_of_timm_is_made_without_its_text_tower(layout, tiles):
+    """As in BiomedCLIP, whose text tower would be asked for on the hub."""
+    path = layout / "open_clip_config.json"
+    tower = {"image_size": 64, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
+    text = {"hf_model_name": "somebody/bert", "hf_tokenizer_name": "somebody/bert"}
+    path.write_text(json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": tower, "text_cfg": text}}))
+    model = open_clip.CLIP(16, {**tower, "timm_model_pretrained": False}, CONFIG["text_cfg"])
+    torch.save(model.state_dict(), layout / "open_clip_pytorch_model.bin")
+    encoder = hx.encoders.create(f"open_clip:{layout}")
+    assert encoder.encode(tiles, "cpu").shape == (3, encoder.n_features) == (3, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "no configuration of an open_clip model"),
+        ('{"architecture": "resnet10t"}', "no configuration of an open_clip model: KeyError"),
+        ('{"model_cfg": {"embed_dim": 16, "vision_cfg": {"fins": 3}, "text_cfg": {}}}', "cannot make .*fins"),
+    ],
+)
+def test_configurations_that_are_none(layout, text, says):
+    (layout / "open_clip_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        hx.encoders.create(f"open_clip:{layout}")
+
+
+def test_folders_that_say_nothing(layout):
+    (layout / "open_clip_config.json").unlink()
+    with pytest.raises(
+        MissingWeightsError, match="has no open_clip_config.json beside it .*'open_clip:<architecture>'"
+    ):
+        hx.encoders.create(f"open_clip:{layout}")
+
+
 def test_quiltnet_offline_says_what_to_do(licence_was_shown, tmp_path):
     with hx.settings.override(cache_dir=tmp_path), pytest.raises(MissingWeightsError) as caught:
         hx.encoders.create("quiltnet")

@@ -47,6 +47,7 @@ class EncoderInfo:
     hub_files: tuple[str, ...] = ()  # names of their file there, preferred first
     needs_weights: bool = False  # of somebody else, without which nothing runs
     trained_mpp: tuple[float, ...] = ()  # resolutions the weights were trained at; empty: unknown, or none
+    is_network: bool = False  # a trained one, to which an enlarged image is another one
 
 
 def identifying(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +80,11 @@ class Encoder(ABC):
     def trained_mpp(self) -> tuple[float, ...]:
         """Resolutions the weights were trained at, in µm per pixel; empty where that is unknown or means nothing."""
         return self.info.trained_mpp
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is a trained network, which sees detail and misses it where an image is enlarged."""
+        return self.info.is_network
 
     @abstractmethod
     def params(self) -> dict[str, Any]:

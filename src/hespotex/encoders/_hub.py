@@ -12,10 +12,21 @@ from .._optional import optional_import
 from ..errors import MissingWeightsError
 from ._weights import identify, known_as, recall, remember_as
 
-__all__ = ["HUB", "Weights", "cached_file", "find_weights", "hub_file", "is_cached", "missing_weights"]
+__all__ = [
+    "HUB",
+    "Described",
+    "Weights",
+    "cached_file",
+    "find_described",
+    "find_weights",
+    "hub_file",
+    "is_cached",
+    "missing_weights",
+]
 
 HUB = "hf-hub:"
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # preferred first: it can hold no code
+_PASS = "pass the file: weights='<file>'"
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,41 @@ class Weights:
         """Note the file under the name of the encoder it was given for; to be called when it is known to fit."""
         if self.given_for:
             remember_as(self.given_for, self.path)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model that says itself what it is, by a configuration beside its weights."""
+
+    config: Path
+    hub_id: str = ""
+    place: Path | None = None  # on this machine: its folder, or the weights file in it
+
+
+def find_described(family: str, text: str, file: str, revision: str | None) -> Described | None:
+    """The model of the hub, or in a folder, that ``"<family>:<text>"`` means; ``None`` if `text` is an architecture.
+
+    `file` is the name of its configuration.
+
+    Raises
+    ------
+    MissingWeightsError
+        If the hub does not give the configuration, or the folder holds none.
+    """
+    if text.startswith(HUB):
+        hub_id = text.removeprefix(HUB)
+        instead = f"put it into a folder, the weights beside it, and write '{family}:<folder>'"
+        return Described(hub_file(hub_id, (file,), revision, f"{family}:{text}", instead=instead), hub_id)
+    place = Path(text).expanduser()
+    if not (place.is_file() or place.is_dir()):
+        return None
+    config = (place.parent if place.is_file() else place) / file
+    if not config.is_file():
+        raise MissingWeightsError(
+            f"{text!r} has no {file} beside it that names its architecture; write '{family}:<architecture>' and pass the "
+            f"file: weights={text!r}"
+        )
+    return Described(config, place=place)
 
 
 def find_weights(
@@ -118,8 +164,10 @@ def is_cached(encoder: str, hub_id: str, files: Sequence[str] = TIMM_FILES) -> b
     return (bool(hub_id) and cached_file(hub_id, files) is not None) or known_as(encoder) is not None
 
 
-def hub_file(hub_id: str, files: Sequence[str], revision: str | None, encoder: str) -> Path:
+def hub_file(hub_id: str, files: Sequence[str], revision: str | None, encoder: str, *, instead: str = _PASS) -> Path:
     """The first of `files` that the hub's model holds, from the cache or downloaded.
+
+    `instead` is what to do with a file that was downloaded by hand.
 
     Raises
     ------
@@ -135,28 +183,31 @@ def hub_file(hub_id: str, files: Sequence[str], revision: str | None, encoder: s
         try:
             return Path(hub.hf_hub_download(hub_id, file, revision=revision))
         except errors.LocalEntryNotFoundError as error:
-            raise _unavailable(hub_id, files, encoder, error) from error
+            raise _unavailable(hub_id, files, encoder, error, instead) from error
         except errors.EntryNotFoundError:
             continue
         except (errors.HfHubHTTPError, errors.RevisionResolutionError, OSError, ValueError) as error:
-            raise _unavailable(hub_id, files, encoder, error) from error
+            raise _unavailable(hub_id, files, encoder, error, instead) from error
     raise MissingWeightsError(
-        f"encoder {encoder!r}: {hub_id} on the hub holds none of {list(files)}; pass a file: weights='<file>'"
+        f"encoder {encoder!r}: {hub_id} on the hub holds none of {list(files)}; if you have it, {instead}"
     )
 
 
-def _unavailable(hub_id: str, files: Sequence[str], encoder: str, error: Exception) -> MissingWeightsError:
+def _unavailable(
+    hub_id: str, files: Sequence[str], encoder: str, error: Exception, instead: str
+) -> MissingWeightsError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return MissingWeightsError(
-        f"encoder {encoder!r}: its weights could not be taken from the hub ({reason}). {how_to_get(hub_id, files)}"
+        f"encoder {encoder!r}: {' or '.join(files)} could not be taken from the hub ({reason}). "
+        f"{how_to_get(hub_id, files, instead)}"
     )
 
 
-def how_to_get(hub_id: str, files: Sequence[str]) -> str:
+def how_to_get(hub_id: str, files: Sequence[str], instead: str = _PASS) -> str:
     """What to do where the hub does not give a file."""
     return (
         f"Either go online; if access is restricted, accept the terms at https://huggingface.co/{hub_id} and log in with: "
-        f"hf auth login. Or download {' or '.join(files)} there by hand and pass the file: weights='<file>'"
+        f"hf auth login. Or download {' or '.join(files)} there by hand and {instead}"
     )
 
 

@@ -95,6 +95,7 @@ class Published:
             hub_files=TIMM_FILES,
             needs_weights=True,
             trained_mpp=self.trained_mpp,
+            is_network=True,
         )
 
 

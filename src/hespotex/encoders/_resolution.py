@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import HespotexWarning
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["check_resolution"]
 
 FAR = 1.5  # a magnification of 20x instead of 40x is a factor 2; scanners of one magnification differ by 10 %
+ENLARGED = 1.3  # interpolated pixels hold no detail: less is borne than of another magnification
 
 
 def check_resolution(encoder: Encoder, slide: Slide) -> None:
@@ -28,7 +31,7 @@ def check_resolution(encoder: Encoder, slide: Slide) -> None:
     -----
     HespotexWarning
         If the encoder is trained at known resolutions, and works at one that differs from them by more than a factor
-        of 1.5 or has the slide enlarged by more than that.
+        of 1.5; if it is a network, and has the slide enlarged by more than a factor of 1.3.
     """
     slide.level_for(encoder.mpp)
     trained = encoder.trained_mpp
@@ -39,13 +42,21 @@ def check_resolution(encoder: Encoder, slide: Slide) -> None:
             HespotexWarning,
             stacklevel=2,
         )
-    if trained and slide.mpp > encoder.mpp * FAR:
+    factor = slide.mpp / encoder.mpp
+    if (trained or encoder.is_network) and factor > ENLARGED:
         warnings.warn(
-            f"image {slide.key!r} has {slide.mpp:.3g} µm/px and is enlarged {slide.mpp / encoder.mpp:.1f}-fold for encoder "
-            f"{encoder.name!r}, which works at {encoder.mpp:.3g} µm/px: detail that it knows is missing",
+            f"image {slide.key!r} has {slide.mpp:.3g} µm/px and is enlarged {factor:.1f}-fold for encoder {encoder.name!r}, "
+            f"which works at {encoder.mpp:.3g} µm/px (a tile of {encoder.tile_um:.4g} µm): detail that it knows is missing. "
+            f"Use the full-resolution image, or mpp={_rounded_up(slide.mpp)} (a tile of {factor * encoder.tile_um:.4g} µm)",
             HespotexWarning,
             stacklevel=2,
         )
+
+
+def _rounded_up(mpp: float) -> str:
+    """With three digits, and no finer than it is."""
+    step = 10.0 ** (np.floor(np.log10(mpp)) - 2)
+    return f"{np.ceil(mpp / step - 1e-6) * step:.3g}"
 
 
 def _text(trained: tuple[float, ...]) -> str:

@@ -15,7 +15,7 @@ from ..errors import DataValueError, DeviceMemoryError, HespotexWarning
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Halving", "TileNetwork"]
+__all__ = ["DTYPES", "Halving", "TileNetwork", "is_out_of_memory"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ class Halving:
             try:
                 parts.append(run(tiles[start : start + step]))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if step == 1:
                     raise DeviceMemoryError(
@@ -203,7 +203,7 @@ class TileNetwork:
         try:
             return self._compiled(full.contiguous(memory_format=torch.channels_last))[: len(x)]
         except Exception as error:  # what compilers raise is not a closed set
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self._compiled_for = 0  # the halves are not to be filled up to what did not fit
                 raise
             logger.warning("torch cannot compile the network, which goes on as it is: %s", str(error).split("\n")[0])
@@ -211,7 +211,7 @@ class TileNetwork:
             return self._network(x)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says so; that of CUDA has a class of its own, those of other devices only a text."""
     import torch
 

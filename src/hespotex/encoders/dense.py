@@ -90,6 +90,11 @@ class Dense(Encoder):
         """Resolutions the network's weights were trained at."""
         return self._network.trained_mpp
 
+    @property
+    def is_network(self) -> bool:
+        """Always."""
+        return True
+
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
         network = {key: value for key, value in self._network.params().items() if key not in ("name", "tile_um")}

@@ -227,6 +227,7 @@ class HIPT(Encoder):
         tile_um=8.0,
         licence="GPL-3.0 (Mahmood lab), non-commercial academic purposes only",
         needs_weights=True,
+        is_network=True,
     )
     name = "hipt"
     n_features = REGIONAL + LOCAL + 3

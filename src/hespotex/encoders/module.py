@@ -53,6 +53,7 @@ class OwnEncoder(TileEncoder):
             n_features=self.n_features,
             mpp=self.mpp,
             tile_um=self.tile_um,
+            is_network=self._network is not None,
         )
 
     def params(self) -> dict[str, Any]:

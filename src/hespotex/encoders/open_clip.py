@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .._optional import optional_import
-from ..errors import DataValueError
+from ..errors import CheckpointError, DataValueError
 from ._base import EncoderInfo, PatchEncoder
-from ._hub import HUB, Weights, find_weights
+from ._hub import HUB, Weights, find_described, find_weights
 from ._licence import show_licence
 from ._names import near
 from ._torch import TileNetwork
@@ -25,6 +27,8 @@ __all__ = ["OpenClipEncoder", "QuiltNet"]
 
 _TOWER = "visual."
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # preferred first: it can hold no code
+_CONFIG = "open_clip_config.json"
+_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # the tower is thrown away
 
 
 class OpenClipEncoder(PatchEncoder):
@@ -33,18 +37,19 @@ class OpenClipEncoder(PatchEncoder):
     Parameters
     ----------
     architecture
-        Name in open_clip, such as ``"ViT-B-32"``.
+        Name in open_clip, such as ``"ViT-B-32"``; ``"hf-hub:<owner>/<model>"``, a model of the hub in open_clip's layout,
+        whose configuration is followed; or the folder of such a model on this machine.
     weights
         Weights file (safetensors or a PyTorch checkpoint) of the whole model, the folder it lies in, or
-        ``"hf-hub:<owner>/<model>"``, which downloads it unless the hub's cache holds it. It may be left out if this
-        machine has seen a file with `weights_sha256` before.
+        ``"hf-hub:<owner>/<model>"``, which downloads it unless the hub's cache holds it. It may be left out for a model of
+        the hub or a folder, and if this machine has seen a file with `weights_sha256` before.
     revision
         Commit of the hub's model to take.
     tile_um, mpp
         Size of a tile in µm, or the resolution it is looked at; 0.5 µm/px by default.
     quick_gelu
-        Whether activations are OpenAI's approximation of GELU. It belongs to how the weights were trained;
-        a wrong choice raises no error.
+        Whether activations are OpenAI's approximation of GELU, also where the architecture or configuration does not say
+        so. It belongs to how the weights were trained; a wrong choice raises no error.
     raw_pixels
         Feed pixels as 0–255 in place of normalising them, as HESpotEx's published code does. Only to reproduce it.
     patch
@@ -56,6 +61,9 @@ class OpenClipEncoder(PatchEncoder):
         Whether features are scaled to unit length.
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    config
+        Configuration in the layout of ``open_clip_config.json``, in place of that of the architecture, model or folder;
+        of it, what the image tower needs is part of :meth:`params`.
     weights_name, weights_sha256
         Identity of the weights, as :meth:`params` gives it.
 
@@ -66,9 +74,14 @@ class OpenClipEncoder(PatchEncoder):
     ModelMismatchError
         If they are not those of `weights_sha256`.
     CheckpointError
-        If they are damaged or of another architecture.
+        If they are damaged or of another architecture, or the configuration is none of open_clip.
     DataValueError
         If open_clip has no such architecture.
+
+    Warns
+    -----
+    HespotexWarning
+        On first use of a model of the hub, of its licence.
     """
 
     info = EncoderInfo(
@@ -78,6 +91,7 @@ class OpenClipEncoder(PatchEncoder):
         licence="that of the weights",
         extra="encoders",
         is_family=True,
+        is_network=True,
     )
     default_um: float | None = None
     _network: TileNetwork
@@ -96,44 +110,54 @@ class OpenClipEncoder(PatchEncoder):
         patch: Literal["tile", "published"] = "tile",
         normalize: bool = True,
         dtype: str = "float32",
+        config: Mapping[str, Any] | None = None,
         weights_name: str | None = None,
         weights_sha256: str | None = None,
     ) -> None:
         open_clip = optional_import("open_clip", feature=f"the encoder {self.info.name!r}", extra="encoders")
 
-        self.name = f"open_clip:{architecture}" if self.info.is_family else self.info.name
-        self.architecture = architecture
-        if architecture not in open_clip.list_models():
-            like = near(architecture, open_clip.list_models())
+        if patch not in ("tile", "published"):
+            raise DataValueError(f"patch={patch!r} is unknown; possible: 'tile', 'published'")
+        names = open_clip.list_models()
+        source = _source(architecture, names, revision, config)
+        self.name = f"open_clip:{source.name}" if self.info.is_family else self.info.name
+        self.architecture = source.name
+        self._config = source.config
+        if source.config is None and architecture not in names:
+            like = near(architecture, names)
             raise DataValueError(
                 f"open_clip has no architecture {architecture!r}" + (f"; near: {like}" if like else "")
             )
-        if patch not in ("tile", "published"):
-            raise DataValueError(f"patch={patch!r} is unknown; possible: 'tile', 'published'")
         self._weights = find_weights(
             self.name,
-            weights,
+            source.folder if weights is None else weights,
             files=_FILES,
-            hub_id=self.info.hub_id,
+            hub_id=self.info.hub_id or source.hub_id,
             revision=revision,
             name=weights_name,
             sha256=weights_sha256,
         )
         if self.info.hub_id:
             show_licence(self.name, self.info.licence, stacklevel=4)
+        elif source.hub_id:
+            show_licence(self.name, f"see https://huggingface.co/{source.hub_id}")
         elif isinstance(weights, str) and weights.startswith(HUB):
             show_licence(weights, f"see https://huggingface.co/{weights.removeprefix(HUB)}")
         self._quick_gelu, self._raw_pixels, self._normalize = quick_gelu, raw_pixels, normalize
         self._dtype, self._patch = dtype, patch
 
-        tower = open_clip.create_model(architecture, pretrained=None, force_quick_gelu=quick_gelu).visual
+        if source.config is None:
+            tower = open_clip.create_model(architecture, pretrained=None, force_quick_gelu=quick_gelu).visual
+        else:
+            tower = _tower(open_clip, source.config, quick_gelu=quick_gelu)
         state = read_state_dict(self._weights.path)
         own = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
-        load_into(tower, own, f"the image tower of {architecture!r}")
+        load_into(tower, own, f"the image tower of {source.name!r}")
         self._weights.remember()
 
         self.tile_px = int(np.max(tower.image_size))
-        self.n_features = int(tower.output_dim)
+        model = (source.config or {}).get("model_cfg") or open_clip.get_model_config(architecture)
+        self.n_features = int(getattr(tower, "output_dim", None) or model["embed_dim"])  # towers of timm do not say
         self.set_size(tile_um, mpp, default_um=self.default_um or 0.5 * self.tile_px)
         mean, std = (None, None) if raw_pixels else (_own(tower, "mean"), _own(tower, "std"))
         self._tower = tower
@@ -149,6 +173,7 @@ class OpenClipEncoder(PatchEncoder):
             "patch": self._patch,
             "normalize": self._normalize,
             "dtype": self._dtype,
+            **({} if self._config is None else {"config": copy.deepcopy(self._config)}),
             "weights_name": self._weights.name,
             "weights_sha256": self._weights.sha256,
         }
@@ -221,11 +246,73 @@ class QuiltNet(OpenClipEncoder):
         hub_id="wisdomik/QuiltNet-B-32",
         hub_files=_FILES,
         needs_weights=True,
+        is_network=True,
     )
     default_um = 100.0
 
     def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
         super().__init__("ViT-B-32", weights, **options)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What stands behind the colon."""
+
+    name: str  # without the paths of this machine
+    config: dict[str, Any] | None = None  # of the image tower; None: open_clip knows it by the name
+    hub_id: str = ""
+    folder: Path | None = None
+
+
+def _source(text: str, names: Sequence[str], revision: str | None, config: Mapping[str, Any] | None) -> _Source:
+    """One of the names in open_clip, or the configuration of a model of the hub or in a folder."""
+    if config is None and text in names:
+        return _Source(text)
+    if config is not None and not Path(text).expanduser().exists():  # as params() gives it
+        hub_id = text.removeprefix(HUB) if text.startswith(HUB) else ""
+        return _Source(text, _of_image(config, "config="), hub_id)
+    described = find_described("open_clip", text, _CONFIG, revision)
+    if described is None:
+        return _Source(text)
+    try:
+        found = config or json.loads(described.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{_CONFIG!r} is no configuration of an open_clip model: {error!r}") from error
+    name = text if described.hub_id else described.config.parent.resolve().name
+    return _Source(name, _of_image(found, _CONFIG), described.hub_id, described.place)
+
+
+def _of_image(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """What of a configuration determines the features of images, as JSON values."""
+    try:
+        model, pixels = config["model_cfg"], config.get("preprocess_cfg") or {}
+        kept = {
+            "model_cfg": {
+                "embed_dim": int(model["embed_dim"]),
+                "quick_gelu": bool(model.get("quick_gelu")),
+                "vision_cfg": {key: value for key, value in model["vision_cfg"].items() if value is not None},
+            },
+            "preprocess_cfg": {key: pixels[key] for key in ("mean", "std") if key in pixels},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(kept, default=lambda value: value.tolist()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{what!r} is no configuration of an open_clip model: {error!r}") from error
+    return plain
+
+
+def _tower(open_clip: Any, config: Mapping[str, Any], *, quick_gelu: bool) -> Any:
+    """The image tower of a configuration, with random weights."""
+    model, pixels = config["model_cfg"], config["preprocess_cfg"]
+    vision = {**model["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        tower = open_clip.CLIP(
+            model["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu or model["quick_gelu"]
+        ).visual
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"open_clip cannot make the image tower that {_CONFIG} describes: {error}") from error
+    for name, value in pixels.items():
+        setattr(tower, f"image_{name}", value)
+    return tower
 
 
 def _own(tower: Any, name: str) -> tuple[float, float, float]:

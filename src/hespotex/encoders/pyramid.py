@@ -105,6 +105,11 @@ class Pyramid(Encoder):
         """Those of the encoder; coarser scales are meant to see less detail."""
         return self._base.trained_mpp
 
+    @property
+    def is_network(self) -> bool:
+        """Whether the encoder is one."""
+        return self._base.is_network
+
     def code_hash(self) -> str:
         """That of the encoder."""
         return self._base.code_hash()

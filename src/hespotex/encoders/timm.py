@@ -11,7 +11,7 @@ from typing import Any
 from .._optional import optional_import
 from ..errors import CheckpointError, DataValueError, MissingWeightsError
 from ._base import EncoderInfo
-from ._hub import HUB, find_weights, hub_file
+from ._hub import find_described, find_weights
 from ._layouts import classifier_of, layer
 from ._licence import show_licence
 from ._names import near
@@ -83,6 +83,7 @@ class TimmEncoder(NetworkEncoder):
         extra="encoders",
         is_family=True,
         needs_weights=True,
+        is_network=True,
     )
 
     def __init__(
@@ -171,21 +172,12 @@ class _Source:
 
 def _source(text: str, revision: str | None) -> _Source:
     """A name in timm, or the configuration of a model of the hub or in a folder."""
-    if text.startswith(HUB):
-        hub_id = text.removeprefix(HUB)
-        config = _read_config(hub_file(hub_id, (_CONFIG,), revision, f"timm:{text}"))
-        return _Source(text, hub_id=hub_id, **config)
-    place = Path(text).expanduser()
-    folder = place.parent if place.is_file() else place
-    if (place.is_file() or place.is_dir()) and (folder / _CONFIG).is_file():
-        config = _read_config(folder / _CONFIG)
-        return _Source(config["architecture"], folder=place, **config)
-    if place.is_file() or place.is_dir():
-        raise MissingWeightsError(
-            f"{text!r} has no {_CONFIG} beside it that names its architecture; write 'timm:<architecture>' and pass the "
-            f"file: weights={text!r}"
-        )
-    return _Source(text, text)
+    described = find_described("timm", text, _CONFIG, revision)
+    if described is None:
+        return _Source(text, text)
+    config = _read_config(described.config)
+    name = text if described.hub_id else config["architecture"]
+    return _Source(name, hub_id=described.hub_id, folder=described.place, **config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
