@@ -201,8 +201,10 @@ def embed_places(
     """
     key = Keys.embedding(encoder.name) if key_added is None else key_added
     check_key(key)
-    for place in places:
-        check_resolution(encoder, place.slide)
+    for slide in {
+        place.slide.key: place.slide for place in places
+    }.values():  # that of several regions is looked at once
+        check_resolution(encoder, slide)
     identity = _identity(encoder, places, depends_on)
 
     features = _stored(table.adata, key, identity)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._keys import Keys
-from ..data.blockwise import TableStore, check_fits
+from ..data.blockwise import TableStore
 from ..data.bridge import PartsWanted, SectionView, attributes, embedding_entry, views_of
 from ..data.geometry import find_image_key, resolve_slide
 from ..data.parts import PartsView, default_parts, parts_view
@@ -22,6 +22,7 @@ from ..encoders import identifying
 from ..errors import AmbiguousKeyError, DataTypeError, DataValueError, MissingKeyError, ModelMismatchError
 from ..models import Model, Recipe, create
 from ._blocks import arrays_of, chosen_genes, record_prediction, store_blocks
+from ._prepare import check_room, encoder_of
 from ._train import fit_model
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def predict_parts(
     if target is not None:
         _to_disk(target, sdata, view, table, name, key, blocks, columns, model, recipe, panel)
         return f"{target}"
-    _check_room(view.parts.n_parts, len(panel), model)
+    check_room(view.parts.n_parts, len(panel), model)
     _fill(table, key, blocks, columns)
     record_prediction(table, key, "X", model, recipe, panel, parts=view.shapes_key)
     mark_table(table, "prediction")
@@ -104,10 +105,6 @@ def predict_parts(
 
         to_raster(sdata, key, table_key=name, write=True)
     return name
-
-
-def _check_room(n_parts: int, n_genes: int, model: Model) -> None:
-    check_fits(n_parts, n_genes, 2 if model.info.uncertainty else 1, "a prediction")
 
 
 def _prepare(
@@ -130,7 +127,7 @@ def _prepare(
         _lay(sdata, recipe, parts_key, image_key, progress_bar=progress_bar)
     held = _held(sdata, parts_key)
     if n_genes and not held:  # an embedding of hours must not come before the refusal of what it is for
-        _check_room(len(sdata.shapes[parts_key]), n_genes, model)
+        check_room(len(sdata.shapes[parts_key]), n_genes, model)
     shared: dict[str, Any] = {
         "image_key": image_key,
         "shapes_key": parts_key,
@@ -143,15 +140,7 @@ def _prepare(
         )
         pp.embed(sdata, options.pop("name"), key_added=Keys.COLOUR, **shared, **options)
     if "parts" in model.needs and recipe.embedding_key not in held:
-        if not recipe.encoder:
-            raise MissingKeyError(
-                f"the table of shapes {parts_key!r} has no obsm[{recipe.embedding_key!r}] and the model does not know which "
-                "encoder made it; store the same embedding there"
-            )
-        options = dict(recipe.encoder)
-        if weights is not None:
-            options["weights"] = weights
-        name = options.pop("name")
+        name, options = encoder_of(recipe, f"the table of shapes {parts_key!r}", weights)
         embed = pp.embed_nuclei if recipe.parts.get("level") == "nucleus" else pp.embed
         embed(sdata, name, key_added=recipe.embedding_key, **shared, **options)
 

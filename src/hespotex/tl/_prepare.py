@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._keys import Keys
 from ..data.blockwise import check_fits
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..models import Model, Recipe
 
-__all__ = ["prepare"]
+__all__ = ["check_room", "encoder_of", "prepare"]
 
 
 def prepare(
@@ -47,7 +47,7 @@ def prepare(
     assert recipe is not None
     if isinstance(data, AnnData):
         table = resolve_table(data)
-        _check_room(table.adata.n_obs, n_genes, model)
+        check_room(table.adata.n_obs, n_genes, model)
         _check_embedding(table.adata, recipe)
         _require_on_anndata(table.adata, model, recipe)
         return table
@@ -70,19 +70,12 @@ def prepare(
         shapes_key = resolve_shapes_key(data, shapes_key, table_key)
     embedded = _table_of(data, shapes_key, table_key, recipe)
     # An embedding of hours must not come before the refusal of what it is for.
-    _check_room(len(data.shapes[str(shapes_key)]) if embedded is None else embedded.adata.n_obs, n_genes, model)
+    check_room(len(data.shapes[str(shapes_key)]) if embedded is None else embedded.adata.n_obs, n_genes, model)
     if embedded is None or recipe.embedding_key not in embedded.adata.obsm:
-        if not recipe.encoder:
-            raise MissingKeyError(
-                f"the table has no obsm[{recipe.embedding_key!r}] and the model does not know which encoder made it; "
-                "store the same embedding there"
-            )
-        options = dict(recipe.encoder)
-        if weights is not None:
-            options["weights"] = weights
+        encoder, options = encoder_of(recipe, "the table", weights)
         pp.embed(
             data,
-            options.pop("name"),
+            encoder,
             image_key=image_key,
             shapes_key=shapes_key,
             table_key=table_key,
@@ -162,6 +155,24 @@ def _require_on_anndata(adata: AnnData, model: Model, recipe: Recipe) -> None:
         )
 
 
-def _check_room(n_obs: int, n_genes: int | None, model: Model) -> None:
+def encoder_of(recipe: Recipe, where: str, weights: str | Path | None) -> tuple[str, dict[str, Any]]:
+    """Name and options of the encoder that the model was trained on, whose features `where` lacks.
+
+    Raises
+    ------
+    MissingKeyError
+        If the model does not know it.
+    """
+    if not recipe.encoder:
+        raise MissingKeyError(
+            f"{where} has no obsm[{recipe.embedding_key!r}] and the model does not know which encoder made it; store the same "
+            "embedding there"
+        )
+    options = dict(recipe.encoder) | ({} if weights is None else {"weights": weights})
+    return options.pop("name"), options
+
+
+def check_room(n_obs: int, n_genes: int | None, model: Model) -> None:
+    """Raise if a prediction of `n_genes` would not fit into memory; ``None`` goes to disk."""
     if n_genes is not None:
         check_fits(n_obs, n_genes, 2 if model.info.uncertainty else 1, "a prediction")
