@@ -375,6 +375,9 @@ def network(work: Path, name: str, client) -> str:
 
     weights = work / "resnet18.safetensors"
     if not weights.exists():
+        from hespotex._optional import ensure_torchvision
+
+        ensure_torchvision()
         import timm
         from safetensors.torch import save_file
 
