@@ -363,11 +363,15 @@ def embed(work: Path, name: str, client) -> str:
     import hespotex as hx
     from hespotex.encoders import morphology
 
-    morphology._PART_PX = 600  # parts for all workers, also of a slide of 36 megapixels
     slide = _large(work)
     hx.pp.detect_tissue(slide)
     hx.pp.make_tiles(slide, diameter_um=50, pitch_um=60)
-    return _sha(hx.pp.embed(slide, shapes_key="tiles", copy=True, client=client))
+    usual = morphology._PART_PX
+    try:
+        morphology._PART_PX = 600  # parts for all workers, also of a slide of 36 megapixels
+        return _sha(hx.pp.embed(slide, shapes_key="tiles", copy=True, client=client))
+    finally:
+        morphology._PART_PX = usual  # sums of other parts are rounded otherwise, and the cohort's are the workers' own
 
 
 def network(work: Path, name: str, client) -> str:
