@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
 
@@ -31,7 +32,7 @@ def _no_licence_was_shown(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """``hibou-b`` and ``lunit-dino-s16`` as one small random transformer, made by the classes of the package."""
+    """``uni`` and ``lunit-dino-s16`` as one small random transformer, made by the classes of the package."""
     create = timm.create_model
 
     def made(name, **options):
@@ -165,11 +166,12 @@ def test_files_that_cannot_be_used(checkpoint, tmp_path):
 
 def test_every_loader_that_is_said_to_take_a_file_uses_it():
     """And no other does, but those that name it in an error only."""
-    from hespotex.encoders.lazyslide import _LOADS, image_models
+    from hespotex.encoders._lazyslide_load import LOADS
+    from hespotex.encoders.lazyslide import image_models
 
     using = {key for key, kind in image_models().items() if _reads(kind.__init__, "model_path")}
-    assert using - set(_LOADS) <= {"musk", "titan", "conch_v1.5", "conch-madeleine"}
-    assert set(_LOADS) <= using
+    assert using - set(LOADS) <= {"musk", "titan", "conch_v1.5", "conch-madeleine", "conceptclip"}
+    assert set(LOADS) <= using
 
 
 def _reads(function, name):
@@ -187,7 +189,7 @@ def test_without_the_network_the_error_says_how_to_pass_a_file():
 
 def test_half_precision_is_close(small):
     full, half = (quietly("lazyslide:lunit-dino-s16", dtype=dtype) for dtype in ("float32", "bfloat16"))
-    assert next(half._model.model.parameters()).dtype == torch.bfloat16
+    assert next(half._network.model.model.parameters()).dtype == torch.bfloat16
     assert "dtype" not in full.params()
     assert hx.encoders.create(**half.params()).params() == half.params()
     a, b = full.encode(TILES, "cpu"), half.encode(TILES, "cpu")
@@ -210,7 +212,7 @@ def test_what_is_compiled_is_what_encoding_calls(small, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
     encoder = quietly("lazyslide:lunit-dino-s16")
     encoder.compile()
-    assert compiled == [(encoder._model.model, {"dynamic": False})]
+    assert compiled == [(encoder._network.model.model, {"dynamic": False})]
     assert encoder.is_compiled
     assert encoder.fitting_batch_size("cpu") >= 8
     assert encoder.is_compiled
@@ -219,7 +221,7 @@ def test_what_is_compiled_is_what_encoding_calls(small, monkeypatch):
 def test_batches_of_a_compiled_model_are_filled_up_and_where_torch_cannot_it_goes_on(small, monkeypatch, caplog):
     seen = []
     encoder = quietly("lazyslide:lunit-dino-s16")
-    plain, run = encoder.encode(TILES, "cpu"), encoder._model.model.forward
+    plain, run = encoder.encode(TILES, "cpu"), encoder._network.model.model.forward
 
     def call(images):
         seen.append(len(images))
@@ -238,6 +240,66 @@ def test_batches_of_a_compiled_model_are_filled_up_and_where_torch_cannot_it_goe
     np.testing.assert_allclose(encoder.encode(TILES, "cpu"), plain, rtol=1e-4, atol=1e-5)
     assert "no C++ compiler" in caplog.text
     assert not encoder.is_compiled
+
+
+def test_scales_of_a_pyramid_share_what_is_compiled(small, monkeypatch, caplog):
+    seen = []
+    pyramid = quietly("pyramid:lazyslide:lunit-dino-s16", factors=(1, 2))
+    module = pyramid.scales[0]._network.model.model
+
+    def call(images):
+        seen.append(len(images))
+        if len(seen) > 2:
+            raise ValueError("no C++ compiler")
+        return torch.ones(len(images), 192)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: setattr(self, "_compiled_call_impl", call))
+    pyramid.compile()
+    first, second = pyramid.scales
+    assert first.is_compiled
+    assert second.is_compiled
+    first.encode(TILES, "cpu")
+    assert second.encode(TILES[:1], "cpu").shape == (1, 192)
+    assert seen == [3, 3]  # filled up: each size would be compiled anew
+    second.encode(TILES, "cpu")
+    assert "no C++ compiler" in caplog.text
+    assert module._compiled_call_impl is None
+    assert not first.is_compiled
+    assert not pyramid.is_compiled
+
+
+def test_modules_that_are_empty_or_of_others_are_no_part_of_what_is_compiled(small, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    encoder, other = quietly("lazyslide:lunit-dino-s16"), torch.nn.Linear(1, 1)
+    network = encoder._network.model.model
+    network.norm_pre = torch.nn.Sequential()  # false as a condition
+    run = network.forward
+
+    def busy(images):
+        other(torch.zeros(1, 1))
+        return run(images)
+
+    def encode_image(images):
+        other(torch.zeros(1, 1))  # as another thread would meanwhile
+        return network(images)
+
+    monkeypatch.setattr(network, "forward", busy)
+    monkeypatch.setattr(encoder._network.model, "encode_image", encode_image)
+    encoder.compile()
+    assert encoder._network._compilable() == [network]
+
+
+def test_for_another_process_the_model_leaves_its_device(small, monkeypatch):
+    """Of all scales, which share it."""
+    encoder = quietly("lazyslide:lunit-dino-s16")
+    other, moves = encoder.resized(2), []
+    monkeypatch.setattr(type(encoder._network.model), "to", lambda self, device: moves.append(str(device)))
+    encoder._network._device = torch.device("cuda")  # where it would be
+    copied = pickle.loads(pickle.dumps(encoder))
+    assert moves == ["cpu"]
+    assert copied._network._device is None
+    np.testing.assert_array_equal(other.encode(TILES, "cpu"), copied.encode(TILES, "cpu"))
+    assert moves == ["cpu"] * 3
 
 
 @pytest.mark.slow

@@ -351,3 +351,73 @@ def test_quiltnet_offline_says_what_to_do(licence_was_shown, tmp_path):
         hx.encoders.create("quiltnet")
     for advice in ("huggingface.co/wisdomik/QuiltNet-B-32", "hf auth login", "weights='<file>'"):
         assert advice in str(caught.value)
+
+
+HALF = [0.5, 0.5, 0.5]
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """``say(**means)``: tags that open_clip lists for the tiny architecture, by the mean of each."""
+
+    def say(**means):
+        tags = {tag: {"mean": mean, "std": mean and HALF} for tag, mean in means.items()}
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", tags)
+
+    return say
+
+
+def test_by_name_pixels_are_normalised_as_the_weights_that_open_clip_lists(weights, tiles, listed):
+    plain = make(weights)
+    assert "mean" not in plain.params()
+    listed(webli=HALF, other=HALF)
+    encoder = make(weights)
+    params = encoder.params()
+    assert (params["mean"], params["std"]) == (HALF, HALF)
+    asked = make(weights, mean=0.5, std=0.5)
+    np.testing.assert_array_equal(encoder.encode(tiles, "cpu"), asked.encode(tiles, "cpu"))
+    assert np.abs(encoder.encode(tiles, "cpu") - plain.encode(tiles, "cpu")).max() > 1e-4
+    listed()
+    assert hx.encoders.create(**params).params() == params  # whatever open_clip lists later
+    with pytest.raises(DataValueError, match="raw_pixels"):
+        make(weights, mean=0.5, raw_pixels=True)
+
+
+def test_where_the_listed_weights_differ_a_warning_says_how(weights, listed):
+    listed(laion2b=HALF, openai=None)
+    with pytest.warns(HespotexWarning, match=r"mean=\(0\.481.* for openai; mean=\(0\.5, .* for laion2b.*pass mean="):
+        encoder = make(weights)
+    assert encoder.params()["mean"] == list(MEAN)
+    with warnings.catch_warnings(action="error"):
+        assert make(weights, mean=0.5, std=0.5).params()["mean"] == HALF
+        hx.encoders.create(**encoder.params())
+
+
+def test_open_clip_says_how_its_siglip_is_normalised():
+    from hespotex.encoders._clip_pixels import by_name
+
+    assert by_name("x", "ViT-B-16-SigLIP", "", None) == ((tuple(HALF), tuple(HALF)), False)
+    assert by_name("x", "ViT-B-32", "", None) == ((MEAN, STD), True)
+    with pytest.warns(HespotexWarning, match="laion2b_s32b_b82k"):
+        by_name("x", "ViT-L-14", "", None)
+
+
+def test_the_configuration_beside_weights_of_the_hub_is_followed(weights, tmp_path, monkeypatch, listed):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(_licence, "_SHOWN", {"open_clip:tiny-vit with hf-hub:me/clip"})
+    snapshot = tmp_path / "hub" / "models--me--clip" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / weights.name).symlink_to(weights)
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": pixels}))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    listed(laion2b=HALF, openai=None)
+    with warnings.catch_warnings(action="error"):
+        params = make("hf-hub:me/clip").params()
+    assert {key: params[key] for key in pixels} == pixels
+    (snapshot / "open_clip_config.json").write_text("[]")
+    assert hx.encoders.create(**params).params() == params
+    with pytest.raises(CheckpointError, match="no configuration of an open_clip model"):
+        make("hf-hub:me/clip")

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
 import hespotex as hx
-from hespotex.encoders import Encoder, EncoderInfo, TileEncoder, _registry, pyramid
+from hespotex.encoders import Encoder, EncoderInfo, TileEncoder, _registry, check_resolution, pyramid
 from hespotex.encoders.pyramid import Pyramid
-from hespotex.errors import DataValueError
+from hespotex.errors import DataValueError, HespotexWarning, ScaleError
 
 
 class Mean(TileEncoder):
@@ -149,6 +150,18 @@ def test_sizes_grow_with_the_factor():
     assert [s.mpp for s in encoder.scales] == [0.5, 2.0, 8.0]
     assert encoder.n_features == 3 * 2352
     assert encoder.tile_um == 14.0
+
+
+def test_the_finest_scale_is_held_to_the_resolution_of_the_slide(slide_of, noise, monkeypatch):
+    monkeypatch.setattr(Mean, "info", EncoderInfo(name="test_tiles", is_network=True))
+    slide, size = slide_of(noise, mpp=0.5), {"mpp": 0.5}
+    with pytest.warns(HespotexWarning, match="enlarged 1.7-fold .*works at 0.3 µm/px"):
+        check_resolution(Pyramid("test_tiles", factors=(0.6, 1), **size), slide)
+    with pytest.raises(ScaleError, match="enlarge it 3.3-fold"):
+        check_resolution(Pyramid("test_tiles", factors=(0.3, 1), **size), slide)
+    with warnings.catch_warnings(action="error"):
+        check_resolution(Pyramid("test_tiles", factors=(1, 4), **size), slide)
+        check_resolution(Pyramid("test_tiles", factors=(4, 16), **size), slide_of(noise, mpp=2.0))
 
 
 @pytest.mark.parametrize(

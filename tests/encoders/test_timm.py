@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -205,3 +206,112 @@ def test_folders_that_say_nothing(tmp_path, weights):
     (tmp_path / "config.json").write_text('{"architecture": "resnet10t"}')
     with pytest.raises(MissingWeightsError, match="holds none of"):
         hx.encoders.create(f"timm:{tmp_path}")
+
+
+def test_a_head_before_the_features_does_not_change_how_many_come_out(tmp_path):
+    network = timm.create_model("mobilenetv3_small_050", num_classes=0)
+    safetensors.save_file(network.state_dict(), tmp_path / "w.safetensors")
+    sdata = hx.datasets.synthetic(size_px=200)
+    options = {"weights": tmp_path / "w.safetensors", "progress_bar": False, "copy": True}
+    features = hx.pp.embed(sdata, "timm:mobilenetv3_small_050", **options)
+    assert features.shape[1] == 1024
+    dense = hx.encoders.create("dense:timm:mobilenetv3_small_050", weights=tmp_path / "w.safetensors")
+    assert dense.n_features == network.num_features == 288  # of the last map
+
+
+@pytest.fixture
+def described(folder, tmp_path, monkeypatch):
+    """The model ``me/mine`` in the hub's cache, of which this machine knows the revision v1 alone."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(_licence, "_SHOWN", {"timm:hf-hub:me/mine"})
+    model = tmp_path / "hub" / "models--me--mine"
+    snapshot = model / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (model / "refs").mkdir()
+    (model / "refs" / "v1").write_text("a" * 40)
+    return folder
+
+
+def test_a_model_of_the_hub_is_rebuilt_without_its_configuration(described, wide):
+    encoder = hx.encoders.create("timm:hf-hub:me/mine", revision="v1")
+    params = json.loads(json.dumps(encoder.params()))
+    for weights in ({}, {"weights": encoder.weights_file()}):
+        again = hx.encoders.create(**params, **weights)
+        assert again.params() == params
+        np.testing.assert_array_equal(again.encode(wide, "cpu"), encoder.encode(wide, "cpu"))
+    with pytest.raises(CheckpointError, match="'config=' is no configuration of a timm model"):
+        hx.encoders.create("timm:hf-hub:me/mine", config={"layers": 3})
+    with pytest.raises(DataValueError, match="'timm:resnet18' is not one"):
+        hx.encoders.create("timm:resnet18", config=params["config"])
+
+
+def test_weights_of_the_hub_come_with_a_word_on_their_licence(described):
+    options = {"weights": "hf-hub:me/mine", "revision": "v1", "model_args": {"depth": 1}}
+    with pytest.warns(
+        HespotexWarning, match="vit_tiny_patch16_224 with hf-hub:me/mine: .*https://huggingface.co/me/mine"
+    ):
+        params = hx.encoders.create("timm:vit_tiny_patch16_224", **options).params()
+    with warnings.catch_warnings(action="error"):
+        hx.encoders.create(**params)
+
+
+def test_a_folder_called_like_an_architecture_is_not_meant(weights, tmp_path, monkeypatch):
+    (tmp_path / ARCHITECTURE).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert make(weights).name == f"timm:{ARCHITECTURE}"
+    with pytest.raises(DataValueError, match="pretrained tag"):
+        hx.encoders.create(f"timm:{ARCHITECTURE}.none", weights=weights)
+
+
+@pytest.mark.parametrize("tile_px", [112, 256])
+def test_positions_of_a_transformer_are_interpolated_for_other_tiles(folder, tile_px):
+    path, options = folder / "model.safetensors", {"model_args": {"depth": 1}, "mean": 0.5, "std": 0.5}
+    encoder = hx.encoders.create("timm:vit_tiny_patch16_224", weights=path, tile_px=tile_px, **options)
+    assert (encoder.tile_um, encoder.mpp) == (tile_px / 2, 0.5)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3, img_size=tile_px).eval()
+    state = timm.models.vision_transformer.checkpoint_filter_fn(safetensors.load_file(path), model)
+    model.load_state_dict(state)
+    tiles = np.random.default_rng(0).integers(0, 255, (2, tile_px, tile_px, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = model.forward_features((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
+    np.testing.assert_allclose(encoder.encode(tiles, "cpu"), expected[:, 0].numpy(), atol=1e-4)
+    assert hx.encoders.create(**encoder.params()).params() == encoder.params()
+
+
+def test_a_tile_that_does_not_fit_is_refused_when_the_encoder_is_made(folder, tmp_path):
+    path, options = folder / "model.safetensors", {"model_args": {"depth": 1}}
+    with pytest.raises(DataValueError, match="tile_px=250 .*not whole patches.*224 and other multiples of 16"):
+        hx.encoders.create("timm:vit_tiny_patch16_224", weights=path, tile_px=250, **options)
+    safetensors.save_file(
+        timm.create_model("mixer_s32_224", num_classes=0).state_dict(), tmp_path / "mixer.safetensors"
+    )
+    with pytest.raises(DataValueError, match="tile_px=256 .*it takes 224$"):
+        hx.encoders.create("timm:mixer_s32_224", weights=tmp_path / "mixer.safetensors", tile_px=256)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm:hf-hub:MahmoodLab/uni@main", {}),
+        ("timm:hf-hub:a b", {}),
+        ("timm:hf-hub:a/b/c", {"config": {"architecture": ARCHITECTURE}}),
+        ("open_clip:hf-hub:a b", {}),
+        ("uni", {"weights": "hf-hub:MahmoodLab/uni@main"}),
+    ],
+)
+def test_names_that_no_model_of_the_hub_has(name, options):
+    pytest.importorskip("open_clip")
+    hint = "pass revision='main' beside 'hf-hub:MahmoodLab/uni'" if "@" in str((name, options)) else "<owner>/<model>"
+    with pytest.raises(DataValueError, match=hint):
+        hx.encoders.create(name, **options)
+
+
+def test_a_model_of_the_hub_is_suggested_where_its_name_is_given_as_a_file():
+    with pytest.raises(MissingWeightsError, match="'hf-hub:MahmoodLab/UNI'"):
+        make("MahmoodLab/UNI")
+    with pytest.raises(MissingWeightsError, match="not a file$"):
+        make("models/uni.safetensors")

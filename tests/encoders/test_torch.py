@@ -36,6 +36,11 @@ def tiles(n: int = 11) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (n, 16, 16, 3), dtype=np.uint8)
 
 
+def compiled_by(call):
+    """A ``torch.nn.Module.compile`` that puts `call` in the place of what would be compiled."""
+    return lambda module, **options: setattr(module, "_compiled_call_impl", call)
+
+
 def test_pixels_are_normalised():
     network = TileNetwork(torch.nn.Identity(), MEAN, STD, "float32")
     expected = (tiles() / 255 - np.array(MEAN)) / np.array(STD)
@@ -81,8 +86,9 @@ def test_a_network_travels_to_another_process():
     network = TileNetwork(Small(), MEAN, STD, "float32")
     network.compile()
     other = pickle.loads(pickle.dumps(network))
-    other._compiled = None
-    network._compiled = None
+    assert other.is_compiled
+    other._compiled.stop()
+    network._compiled.stop()
     np.testing.assert_array_equal(other(tiles(), "cpu"), network(tiles(), "cpu"))
 
 
@@ -93,38 +99,41 @@ def test_compiled_it_gives_the_same():
     network.compile()
     for n in (8, 8, 3):
         np.testing.assert_allclose(network(tiles(n), "cpu"), plain(tiles(n), "cpu"), rtol=1e-5, atol=1e-6)
-    assert network._compiled is not None
+    assert network.is_compiled
 
 
-def test_halves_of_a_compiled_batch_are_not_filled_up_to_what_did_not_fit():
+def test_halves_of_a_compiled_batch_are_not_filled_up_to_what_did_not_fit(monkeypatch):
     module = Small(room=3)
     network, whole = TileNetwork(module, MEAN, STD, "float32"), TileNetwork(Small(), MEAN, STD, "float32")
-    network._compiled = module  # as torch would: it sees the batches that are filled up
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)  # it sees what is filled up
+    network.compile()
     with pytest.warns(HespotexWarning, match="out of memory"):
         features = network(tiles(), "cpu")
     assert module.seen == [3, 3, 3, 3]
     np.testing.assert_allclose(features, whole(tiles(), "cpu"), rtol=1e-6, atol=1e-6)
 
 
-def test_a_batch_size_is_found_without_compiling_for_each():
+def test_a_batch_size_is_found_without_compiling_for_each(monkeypatch):
     encoder = hx.encoders.from_module(Small(), name="small_compiled", tile_px=16)
     compiled = []
-    encoder._network._compiled = compiled.append
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by(compiled.append))
+    encoder.compile()
     assert encoder.fitting_batch_size("cpu") >= 8
     assert not compiled
     assert encoder._network.is_compiled
 
 
-def test_where_torch_cannot_compile_it_goes_on(caplog):
+def test_where_torch_cannot_compile_it_goes_on(caplog, monkeypatch):
     network, plain = TileNetwork(Small(), MEAN, STD, "float32"), TileNetwork(Small(), MEAN, STD, "float32")
 
     def broken(x):
         raise ValueError("no C++ compiler")
 
-    network._compiled = broken
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by(broken))
+    network.compile()
     np.testing.assert_array_equal(network(tiles(), "cpu"), plain(tiles(), "cpu"))
     assert "no C++ compiler" in caplog.text
-    assert network._compiled is None
+    assert not network.is_compiled
 
 
 class Timed(TileEncoder):
@@ -165,6 +174,16 @@ def test_embed_with_the_batch_that_fits(section, monkeypatch):
 def test_batch_sizes_that_are_none(section, batch_size):
     with pytest.raises(DataValueError, match="batch_size=.* whole number of at least 1, or 'auto'"):
         hx.pp.embed(section, "rgb", batch_size=batch_size)
+
+
+def test_what_stops_earlier_is_not_compiled(monkeypatch):
+    module = Small()
+    network, plain = TileNetwork(module, MEAN, STD, "float32"), TileNetwork(Small(), MEAN, STD, "float32")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by(pytest.fail))
+    network.compile()
+    found = network(tiles(), "cpu", forward=module)
+    np.testing.assert_array_equal(found, plain(tiles(), "cpu"))
+    assert network.is_compiled
 
 
 def test_only_networks_are_compiled(section):

@@ -102,3 +102,13 @@ def test_a_name_leads_to_the_last_file_given_for_it(tmp_path):
             assert known_as("timm:x/y") == file
         file.unlink()
         assert known_as("timm:x/y") is None
+
+
+def test_names_that_are_alike_as_files_are_told_apart(tmp_path):
+    with hx.settings.override(cache_dir=tmp_path / "cache"):
+        for name in ("timm:hf-hub:a/b_c", "timm:hf-hub:a_b/c"):
+            file = tmp_path / f"{len(list(tmp_path.glob('*.bin')))}.bin"
+            file.write_bytes(b"x")
+            remember_as(name, file)
+        assert known_as("timm:hf-hub:a/b_c").name == "0.bin"
+        assert known_as("timm:hf-hub:a_b/c").name == "1.bin"

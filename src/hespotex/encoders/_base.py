@@ -94,7 +94,7 @@ class Encoder(ABC):
         """
 
     def code_hash(self) -> str:
-        """What else tells features apart, of encoders that :meth:`params` knows by name alone; empty for others."""
+        """What else tells features apart, of encoders with code that is not this package's; empty for others."""
         return ""
 
     @abstractmethod

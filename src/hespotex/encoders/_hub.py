@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from .._logging import logger
 from .._optional import optional_import
-from ..errors import MissingWeightsError
+from ..errors import DataValueError, MissingWeightsError
 from ._weights import identify, known_as, recall, remember_as
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
 HUB = "hf-hub:"
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # preferred first: it can hold no code
 _PASS = "pass the file: weights='<file>'"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def find_weights(
         If there are none; says how to get them.
     ModelMismatchError
         If they are not those of `sha256`.
+    DataValueError
+        If the model of the hub cannot be called so.
     """
     if weights is None and sha256 is not None and (path := recall(sha256)) is not None:
         return Weights(path, name or path.name, sha256)
@@ -132,7 +137,12 @@ def find_weights(
     if isinstance(weights, str) and weights.startswith(HUB):
         path, digest = identify(hub_file(weights.removeprefix(HUB), files, revision, encoder), expected=sha256)
         return Weights(path, name or weights, digest)
-    path, digest = identify(_in_folder(Path(weights).expanduser(), files), expected=sha256)
+    path = _in_folder(Path(weights).expanduser(), files)
+    if not path.exists() and _HUB_ID.fullmatch(str(weights)) and path.suffix not in _SUFFIXES:
+        raise MissingWeightsError(
+            f"weights={weights!r} is not a file; if a model of the hub is meant: '{HUB}{weights}'"
+        )
+    path, digest = identify(path, expected=sha256)
     return Weights(path, name or path.name, digest, given_for=encoder if given and hub_id else "")
 
 
@@ -147,13 +157,24 @@ def _in_folder(path: Path, files: Sequence[str]) -> Path:
 
 
 def cached_file(hub_id: str, files: Sequence[str] = TIMM_FILES, revision: str | None = None) -> Path | None:
-    """The first of `files` that lies in the hub's cache; the network is not asked."""
+    """The first of `files` that lies in the hub's cache; the network is not asked.
+
+    Raises
+    ------
+    DataValueError
+        If no model of the hub can be called `hub_id`.
+    """
     if find_spec("huggingface_hub") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
     for file in files:
-        found = try_to_load_from_cache(hub_id, file, revision=revision)
+        try:
+            found = try_to_load_from_cache(hub_id, file, revision=revision)
+        except ValueError as error:  # what it raises for names has no class of its own in all versions
+            place, _, commit = hub_id.partition("@")
+            hint = f"; for one state of it pass revision={commit!r} beside '{HUB}{place}'" if commit else ""
+            raise DataValueError(f"'{HUB}{hub_id}' is no model of the hub, '{HUB}<owner>/<model>'{hint}") from error
         if isinstance(found, str):
             return Path(found)
     return None
@@ -173,6 +194,8 @@ def hub_file(hub_id: str, files: Sequence[str], revision: str | None, encoder: s
     ------
     MissingWeightsError
         If there is none of them, no network, or no access.
+    DataValueError
+        If no model of the hub can be called `hub_id`.
     """
     feature = f"downloading the encoder {encoder!r}"
     hub = optional_import("huggingface_hub", feature=feature, extra="encoders")

@@ -11,7 +11,7 @@ from ..errors import CheckpointError, DataValueError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["classifier_of", "from_conch", "from_dinov2", "layer", "resampled"]
+__all__ = ["classifier_of", "fit_input", "from_conch", "from_dinov2", "layer", "resampled"]
 
 # Tensors outside the blocks, then those of one block: in transformers' DINOv2, and in timm.
 _OUTSIDE = {
@@ -86,6 +86,40 @@ def resampled(positions: torch.Tensor, *, n_prefix: int, grid: int, trained_grid
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(positions, [grid, grid], num_prefix_tokens=n_prefix, antialias=antialias)
+
+
+def fit_input(model: Any, tile_px: int, own_px: int, name: str) -> None:
+    """Have a network of timm take tiles of `tile_px`, its positions interpolated where it has them.
+
+    `own_px` is the side it is made for, and `name` that of the encoder.
+
+    Raises
+    ------
+    DataValueError
+        If it cannot.
+    """
+    stem = getattr(model, "patch_embed", None)
+    made_for = getattr(stem, "img_size", None) or (own_px,)
+    if tile_px == own_px == made_for[0]:
+        return
+    import torch
+
+    patch = getattr(stem, "patch_size", (1,)) if hasattr(model, "set_input_size") else (1,)
+    step = int(patch[0])
+    reason = "" if tile_px % step == 0 else "not whole patches"
+    try:
+        if not reason:
+            if hasattr(model, "set_input_size"):
+                model.set_input_size(img_size=(tile_px, tile_px))
+            with torch.inference_mode():  # what else would not fit shows on one tile
+                model.eval()(torch.zeros(1, 3, tile_px, tile_px))
+    except (AssertionError, RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason:
+        others = f" and other multiples of {step}" if step > 1 else ""
+        raise DataValueError(
+            f"tile_px={tile_px!r} does not go with encoder {name!r} ({reason}); it takes {own_px}{others}"
+        )
 
 
 def classifier_of(model: Any, own: Iterable[str]) -> set[str]:

@@ -175,7 +175,10 @@ def known_as(name: str) -> Path | None:
 
 
 def _named(name: str) -> Path:
-    return settings.cache_dir / "weights" / "by_name" / sanitize(name)
+    key = sanitize(name)
+    if key != name:  # others may come to the same
+        key = f"{key}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return settings.cache_dir / "weights" / "by_name" / key
 
 
 def _link(sha256: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from .._keys import sanitize
 from ..errors import DataTypeError, DataValueError
 from ._base import EncoderInfo, TileEncoder
+from ._code import hash_code
 from ._network import triple
 from ._torch import TileNetwork
 
@@ -36,7 +36,7 @@ class OwnEncoder(TileEncoder):
         tile_um: float | None,
         mpp: float | None,
         n_features: int | None,
-        code_hash: str = "",
+        code_hash: str,
     ) -> None:
         if tile_px < 1:
             raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
@@ -61,7 +61,7 @@ class OwnEncoder(TileEncoder):
         return {**self._identity, "tile_px": self.tile_px, "tile_um": self.tile_um}
 
     def code_hash(self) -> str:
-        """Of a function, which is otherwise known by its name alone; see :meth:`Encoder.code_hash`."""
+        """Of the function or module, its code and the values it uses; see :meth:`Encoder.code_hash`."""
         return self._code_hash
 
     def encode(self, tiles: np.ndarray, device: str) -> np.ndarray:
@@ -116,7 +116,8 @@ def from_module(
     -------
     The encoder, for ``hx.pp.embed(sdata, encoder)``. In this session its name is known as well, so that a model trained on
     its features finds it again; in another session, make it again first. It counts as the same if its weights, its
-    structure and its settings are.
+    structure and its settings are. Features that are there already are computed anew if its code, or a value that the code
+    uses, is another one, or cannot be compared, as the log says.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def from_module(
         }
         run = TileNetwork(copy.deepcopy(network), own_mean, own_std, dtype)
     size: dict[str, Any] = {"tile_px": tile_px, "tile_um": tile_um, "mpp": mpp, "n_features": n_features}
-    encoder = OwnEncoder(run, identity, **size, code_hash=_hash_code(module) if network is None else "")
+    encoder = OwnEncoder(run, identity, **size, code_hash=hash_code(module))
     remember(encoder)
     return encoder
 
@@ -176,30 +177,6 @@ def hash_module(module: torch.nn.Module) -> str:
             continue
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_code(function: Callable[..., Any]) -> str:
-    """SHA-256 of what a function is compiled to, without the functions it calls; empty for other callables.
-
-    So that what an earlier version of it computed is not taken for its own, above all not where work goes on that was
-    interrupted.
-    """
-    digest = hashlib.sha256()
-
-    def update(code: CodeType) -> None:
-        digest.update(code.co_code + repr(code.co_names).encode())
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                update(constant)
-            else:
-                digest.update(repr(constant).encode())
-
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
-        return ""
-    update(code)
-    digest.update(repr(getattr(function, "__defaults__", None)).encode())
     return digest.hexdigest()
 
 

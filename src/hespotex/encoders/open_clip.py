@@ -14,9 +14,12 @@ import numpy as np
 from .._optional import optional_import
 from ..errors import CheckpointError, DataValueError
 from ._base import EncoderInfo, PatchEncoder
+from ._clip_pixels import CONFIG, by_name, of_config
 from ._hub import HUB, Weights, find_described, find_weights
-from ._licence import show_licence
+from ._licence import show_hub_licence, show_licence
 from ._names import near
+from ._network import triple
+from ._published import OPENAI
 from ._torch import TileNetwork
 from ._weights import load_into, read_state_dict
 
@@ -27,7 +30,6 @@ __all__ = ["OpenClipEncoder", "QuiltNet"]
 
 _TOWER = "visual."
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # preferred first: it can hold no code
-_CONFIG = "open_clip_config.json"
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # the tower is thrown away
 
 
@@ -50,6 +52,10 @@ class OpenClipEncoder(PatchEncoder):
     quick_gelu
         Whether activations are OpenAI's approximation of GELU, also where the architecture or configuration does not say
         so. It belongs to how the weights were trained; a wrong choice raises no error.
+    mean, std
+        Normalisation of values in [0, 1], one number or one per channel. By default that in the configuration of the model,
+        of the folder or of the hub's model that `weights` names; else that of the weights which open_clip lists for the
+        architecture. It must be what the weights were trained with, and a wrong choice raises no error.
     raw_pixels
         Feed pixels as 0–255 in place of normalising them, as HESpotEx's published code does. Only to reproduce it.
     patch
@@ -81,7 +87,8 @@ class OpenClipEncoder(PatchEncoder):
     Warns
     -----
     HespotexWarning
-        On first use of a model of the hub, of its licence.
+        On first use of weights of the hub, of their licence. If open_clip lists weights of the architecture that are
+        normalised differently, and nothing says which these are.
     """
 
     info = EncoderInfo(
@@ -106,6 +113,8 @@ class OpenClipEncoder(PatchEncoder):
         tile_um: float | None = None,
         mpp: float | None = None,
         quick_gelu: bool = False,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         raw_pixels: bool = False,
         patch: Literal["tile", "published"] = "tile",
         normalize: bool = True,
@@ -118,6 +127,8 @@ class OpenClipEncoder(PatchEncoder):
 
         if patch not in ("tile", "published"):
             raise DataValueError(f"patch={patch!r} is unknown; possible: 'tile', 'published'")
+        if raw_pixels and not (mean is None and std is None):
+            raise DataValueError("raw_pixels=True feeds pixels as they are; mean= and std= do not go with it")
         names = open_clip.list_models()
         source = _source(architecture, names, revision, config)
         self.name = f"open_clip:{source.name}" if self.info.is_family else self.info.name
@@ -137,12 +148,11 @@ class OpenClipEncoder(PatchEncoder):
             name=weights_name,
             sha256=weights_sha256,
         )
+        weights_hub = self._weights.name.removeprefix(HUB) if self._weights.name.startswith(HUB) else ""
         if self.info.hub_id:
             show_licence(self.name, self.info.licence, stacklevel=4)
-        elif source.hub_id:
-            show_licence(self.name, f"see https://huggingface.co/{source.hub_id}")
-        elif isinstance(weights, str) and weights.startswith(HUB):
-            show_licence(weights, f"see https://huggingface.co/{weights.removeprefix(HUB)}")
+        elif hub_id := weights_hub or source.hub_id:
+            show_hub_licence(self.name, hub_id)
         self._quick_gelu, self._raw_pixels, self._normalize = quick_gelu, raw_pixels, normalize
         self._dtype, self._patch = dtype, patch
 
@@ -151,17 +161,28 @@ class OpenClipEncoder(PatchEncoder):
         else:
             tower = _tower(open_clip, source.config, quick_gelu=quick_gelu)
         state = read_state_dict(self._weights.path)
-        own = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
-        load_into(tower, own, f"the image tower of {source.name!r}")
+        tensors = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
+        load_into(tower, tensors, f"the image tower of {source.name!r}")
         self._weights.remember()
 
         self.tile_px = int(np.max(tower.image_size))
         model = (source.config or {}).get("model_cfg") or open_clip.get_model_config(architecture)
         self.n_features = int(getattr(tower, "output_dim", None) or model["embed_dim"])  # towers of timm do not say
         self.set_size(tile_um, mpp, default_um=self.default_um or 0.5 * self.tile_px)
-        mean, std = (None, None) if raw_pixels else (_own(tower, "mean"), _own(tower, "std"))
+        self._pixels: dict[str, list[float]] = {}  # of params(): what neither the configuration nor the name tells
+        if raw_pixels:
+            self._network = TileNetwork(tower, None, None, dtype)
+        else:
+            default, is_told = OPENAI, True
+            if source.config is not None:
+                default = of_config(source.config)
+            elif self.info.is_family and (mean is None or std is None):
+                default, is_told = by_name(self.name, architecture, weights_hub, revision)
+            own = triple(mean, default[0]), triple(std, default[1])
+            if not is_told or mean is not None or std is not None:
+                self._pixels = {"mean": list(own[0]), "std": list(own[1])}
+            self._network = TileNetwork(tower, *own, dtype)
         self._tower = tower
-        self._network = TileNetwork(tower, mean, std, dtype)
 
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
@@ -169,6 +190,7 @@ class OpenClipEncoder(PatchEncoder):
             "name": self.name,
             "tile_um": self.tile_um,
             "quick_gelu": self._quick_gelu,
+            **self._pixels,
             "raw_pixels": self._raw_pixels,
             "patch": self._patch,
             "normalize": self._normalize,
@@ -271,15 +293,15 @@ def _source(text: str, names: Sequence[str], revision: str | None, config: Mappi
     if config is not None and not Path(text).expanduser().exists():  # as params() gives it
         hub_id = text.removeprefix(HUB) if text.startswith(HUB) else ""
         return _Source(text, _of_image(config, "config="), hub_id)
-    described = find_described("open_clip", text, _CONFIG, revision)
+    described = find_described("open_clip", text, CONFIG, revision)
     if described is None:
         return _Source(text)
     try:
         found = config or json.loads(described.config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_CONFIG!r} is no configuration of an open_clip model: {error!r}") from error
+        raise CheckpointError(f"{CONFIG!r} is no configuration of an open_clip model: {error!r}") from error
     name = text if described.hub_id else described.config.parent.resolve().name
-    return _Source(name, _of_image(found, _CONFIG), described.hub_id, described.place)
+    return _Source(name, _of_image(found, CONFIG), described.hub_id, described.place)
 
 
 def _of_image(config: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -302,28 +324,12 @@ def _of_image(config: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 def _tower(open_clip: Any, config: Mapping[str, Any], *, quick_gelu: bool) -> Any:
     """The image tower of a configuration, with random weights."""
-    model, pixels = config["model_cfg"], config["preprocess_cfg"]
+    model = config["model_cfg"]
     vision = {**model["vision_cfg"], "timm_model_pretrained": False}
     try:
-        tower = open_clip.CLIP(
-            model["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu or model["quick_gelu"]
-        ).visual
+        return open_clip.CLIP(model["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu or model["quick_gelu"]).visual
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"open_clip cannot make the image tower that {_CONFIG} describes: {error}") from error
-    for name, value in pixels.items():
-        setattr(tower, f"image_{name}", value)
-    return tower
-
-
-def _own(tower: Any, name: str) -> tuple[float, float, float]:
-    """Normalisation the architecture's configuration states; open_clip's default is CLIP's."""
-    value = getattr(tower, f"image_{name}", None)
-    if value is None:
-        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-        value = OPENAI_DATASET_MEAN if name == "mean" else OPENAI_DATASET_STD
-    first, second, third = (float(entry) for entry in value)
-    return first, second, third
+        raise CheckpointError(f"open_clip cannot make the image tower that {CONFIG} describes: {error}") from error
 
 
 def _unit_length(features: Any) -> Any:

@@ -87,7 +87,8 @@ class Pyramid(Encoder):
         self._interpolate, self._spacing = bool(interpolate), float(spacing)
         self._base = create(encoder, **options)
         self.scales = tuple(self._base.resized(factor) for factor in self._factors)
-        self.tile_um, self.mpp = self._base.tile_um, self._base.mpp
+        # The slide is held to the scale that looks closest at it: coarser ones are meant to see less detail.
+        self.tile_um, self.mpp = self._base.tile_um, min(scale.mpp for scale in self.scales)
         self.n_features = sum(scale.n_features for scale in self.scales)
 
     def params(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Pyramid(Encoder):
 
     @property
     def trained_mpp(self) -> tuple[float, ...]:
-        """Those of the encoder; coarser scales are meant to see less detail."""
+        """Those of the encoder."""
         return self._base.trained_mpp
 
     @property

@@ -11,9 +11,9 @@ from typing import Any
 from .._optional import optional_import
 from ..errors import CheckpointError, DataValueError, MissingWeightsError
 from ._base import EncoderInfo
-from ._hub import find_described, find_weights
-from ._layouts import classifier_of, layer
-from ._licence import show_licence
+from ._hub import HUB, find_described, find_weights
+from ._layouts import classifier_of, fit_input, layer
+from ._licence import show_hub_licence
 from ._names import near
 from ._network import NetworkEncoder, triple
 from ._weights import load_into, read_state_dict
@@ -38,11 +38,14 @@ class TimmEncoder(NetworkEncoder):
         the hub or a folder, and if this machine has seen a file with `weights_sha256` before.
     revision
         Commit, tag or branch of the hub's model to take.
+    config
+        Of a model of the hub, in place of its ``config.json``: what :meth:`params` holds of it.
     tile_um, mpp
         Size of a tile in µm, or the resolution it is looked at; 0.5 µm/px by default, the resolution most
         pathology encoders are trained at.
     tile_px
-        Side of the network's input; that of timm's configuration by default.
+        Side of the network's input; that of timm's configuration by default. Transformers take a multiple of their patch,
+        positions being interpolated; some architectures take one side alone.
     mean, std
         Normalisation of values in [0, 1], one number or one per channel; those of timm's configuration by default. They
         must be what the weights were trained with, and a wrong choice raises no error.
@@ -50,7 +53,7 @@ class TimmEncoder(NetworkEncoder):
         Padding of convolutions where the architecture has a choice; ``"same"`` for weights from TensorFlow.
     pooling
         Of vision transformers: ``"class"``, ``"mean"``, ``"class+mean"`` or ``"class+centre"`` (the class token and the mean
-        of the patches in the middle). By default the architecture's own.
+        of the patches in the middle), normalised as the architecture does with its own, which is the default.
     model_args
         Further arguments of the architecture, JSON values, such as ``{"init_values": 1e-5}``.
     dtype
@@ -67,12 +70,12 @@ class TimmEncoder(NetworkEncoder):
     CheckpointError
         If they are damaged or of another architecture.
     DataValueError
-        If timm has no such architecture.
+        If timm has no such architecture, the hub's models no such name, or the network no use for `tile_px`.
 
     Warns
     -----
     HespotexWarning
-        On first use of a model of the hub, of its licence.
+        On first use of weights of the hub, of their licence.
     """
 
     info = EncoderInfo(
@@ -82,7 +85,6 @@ class TimmEncoder(NetworkEncoder):
         licence="that of the weights",
         extra="encoders",
         is_family=True,
-        needs_weights=True,
         is_network=True,
     )
 
@@ -92,6 +94,7 @@ class TimmEncoder(NetworkEncoder):
         weights: str | Path | None = None,
         *,
         revision: str | None = None,
+        config: Mapping[str, Any] | None = None,
         tile_um: float | None = None,
         mpp: float | None = None,
         tile_px: int | None = None,
@@ -107,7 +110,9 @@ class TimmEncoder(NetworkEncoder):
         timm = optional_import("timm", feature="the encoder 'timm'", extra="encoders")
         from ._pooling import Pooled
 
-        source = _source(architecture, revision)
+        if tile_px is not None and tile_px < 1:
+            raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
+        source = _source(timm, architecture, revision, config)
         self.name = f"timm:{source.name}"
         self.architecture = source.architecture
         if not timm.is_model(source.architecture):
@@ -123,8 +128,10 @@ class TimmEncoder(NetworkEncoder):
         self._weights = find_weights(
             self.name, weights, hub_id=hub_id, revision=revision, name=weights_name, sha256=weights_sha256
         )
+        if self._weights.name.startswith(HUB):
+            hub_id = self._weights.name.removeprefix(HUB)
         if hub_id:
-            show_licence(self.name, f"see https://huggingface.co/{hub_id}")
+            show_hub_licence(self.name, hub_id)
         self._model_args = {**source.arguments, **(model_args or {})}
         model = _create(timm, source.architecture, self._model_args, pad_type)
         module = Pooled(model, pooling, self.name)
@@ -133,18 +140,20 @@ class TimmEncoder(NetworkEncoder):
         load_into(model, state, f"architecture {source.architecture!r} of timm without classifier")
         self._weights.remember()
 
-        config = timm.data.resolve_data_config({}, pretrained_cfg={**model.pretrained_cfg, **source.pretrained})
-        self.tile_px = int(config["input_size"][-1] if tile_px is None else tile_px)
-        if self.tile_px < 1:
-            raise DataValueError(f"tile_px={tile_px!r} must be at least 1")
-        self._pad_type = pad_type
+        known = timm.data.resolve_data_config({}, pretrained_cfg={**model.pretrained_cfg, **source.pretrained})
+        own_px = int(known["input_size"][-1])
+        self.tile_px = own_px if tile_px is None else int(tile_px)
+        fit_input(model, self.tile_px, own_px, self.name)
+        self._pad_type, self._is_described = pad_type, bool(source.hub_id)
         self.set_size(tile_um, mpp, default_um=0.5 * self.tile_px)
-        self._set_network(module, triple(mean, config["mean"]), triple(std, config["std"]), dtype)
+        self._set_network(module, triple(mean, known["mean"]), triple(std, known["std"]), dtype)
 
     def params(self) -> dict[str, Any]:
         """JSON values that identify the embedding; see :meth:`Encoder.params`."""
         return {
             "name": self.name,
+            # The rest of what a model of the hub says of itself is among the others.
+            **({"config": {"architecture": self.architecture}} if self._is_described else {}),
             "tile_um": self.tile_um,
             "tile_px": self.tile_px,
             "mean": list(self._mean),
@@ -170,26 +179,35 @@ class _Source:
     folder: Path | None = None
 
 
-def _source(text: str, revision: str | None) -> _Source:
+def _source(timm: Any, text: str, revision: str | None, config: Mapping[str, Any] | None) -> _Source:
     """A name in timm, or the configuration of a model of the hub or in a folder."""
-    described = find_described("timm", text, _CONFIG, revision)
+    if config is not None:
+        if not text.startswith(HUB):
+            raise DataValueError(f"config= is for 'timm:{HUB}<owner>/<model>', and 'timm:{text}' is not one")
+        return _Source(text, hub_id=text.removeprefix(HUB), **_described(config, "config="))
+    # A file may begin with the name of an architecture, and a folder may be called like one.
+    is_name = "." not in text and timm.is_model(text)
+    described = None if is_name else find_described("timm", text, _CONFIG, revision)
     if described is None:
         return _Source(text, text)
-    config = _read_config(described.config)
-    name = text if described.hub_id else config["architecture"]
-    return _Source(name, hub_id=described.hub_id, folder=described.place, **config)
+    try:
+        found = json.loads(described.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{_CONFIG!r} is no configuration of a timm model: {error!r}") from error
+    facts = _described(found, _CONFIG)
+    name = text if described.hub_id else facts["architecture"]
+    return _Source(name, hub_id=described.hub_id, folder=described.place, **facts)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _described(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Architecture, its arguments and the preprocessing, as timm writes them beside a model."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         architecture = str(config["architecture"])
         arguments = dict(config.get("model_args") or {})
         pretrained = config.get("pretrained_cfg") or config
         pixels = {key: pretrained[key] for key in ("input_size", "mean", "std") if key in pretrained}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name!r} is no configuration of a timm model: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{what!r} is no configuration of a timm model: {error!r}") from error
     # No classifier, and tokens that the network itself pools.
     arguments.pop("num_classes", None)
     if arguments.get("global_pool") == "":
@@ -213,3 +231,5 @@ def _create(timm: Any, architecture: str, arguments: Mapping[str, Any], pad_type
         return timm.create_model(architecture, pretrained=False, num_classes=0, **options)
     except TypeError as error:
         raise DataValueError(f"architecture {architecture!r} does not take all of {list(options)} ({error})") from error
+    except RuntimeError as error:  # of a tag after the name, say
+        raise DataValueError(f"timm cannot make architecture {architecture!r}: {error}") from error
