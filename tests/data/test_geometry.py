@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pandas as pd
 import pytest
+import spatialdata as sd
 from spatialdata import read_zarr
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, set_transformation
@@ -242,7 +243,7 @@ def test_levels_lie_on_each_other_although_spatialdata_drops_the_first_rows_of_o
 def test_computed_levels_are_means_however_the_image_is_chunked(plain_section):
     pixels = np.random.default_rng(0).integers(0, 255, (3, 613, 517), dtype=np.uint8)
     levels = resolve_slide(plain_section(pixels, scale_factors=[2, 2], chunks=50)).levels
-    for level, factor in zip(levels[1:], (2, 4), strict=True):
+    for level, factor in zip(levels[1:3], (2, 4), strict=True):
         height, width = 613 // factor, 517 // factor
         squares = pixels[:, : height * factor, : width * factor].reshape(3, height, factor, width, factor)
         assert np.abs(level.array.compute() - squares.mean((2, 4))).max() <= 0.5
@@ -263,7 +264,9 @@ def test_levels_that_lie_on_the_finest_are_read_as_stored(plain_section):
 def test_stretched_and_shifted_levels_are_not_read(plain_section):
     from xarray import DataTree
 
-    assert [level.downsample for level in resolve_slide(plain_section(scale_factors=[{"x": 2, "y": 3}])).levels] == [1]
+    sdata = plain_section(np.zeros((3, 600, 520), np.uint8), scale_factors=[{"x": 2, "y": 3}])
+    sdata["image"]["scale1"]["image"][:] = 255
+    assert all(level.array.max().compute() == 0 for level in resolve_slide(sdata).levels)
     pixels = np.zeros((3, 600, 520), np.uint8)
     pixels[:, 400:420, 300:320] = 255
     sdata = plain_section(pixels, scale_factors=[2])
@@ -271,6 +274,28 @@ def test_stretched_and_shifted_levels_are_not_read(plain_section):
     shifted = levels["scale1"].assign_coords(x=levels["scale1"].x + 3)
     sdata["image"] = DataTree.from_dict({"scale0": levels["scale0"], "scale1": shifted.roll(x=7)})
     assert mark_of(resolve_slide(sdata).levels[1]) == [310, 410]
+
+
+@pytest.mark.parametrize("stored", [(), (4, 4), (3, 3), (2, 2, 2, 2)])
+def test_the_first_halvings_are_there_whatever_levels_are_stored(plain_section, stored):
+    """So that slides of all scanners are read alike: texture depends on the level that it is computed from."""
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 864, 1296), dtype=np.uint8)
+    section = plain_section(pixels, scale_factors=list(stored) or None, chunks=50)
+    levels = {level.downsample: level.array.compute() for level in resolve_slide(section).levels}
+    there = np.cumprod([1, *stored]).tolist()
+    assert list(levels) == [1, 2, 4, 8, *(factor for factor in there if factor > 8)]
+    for factor in (2, 4, 8):
+        if factor in there:
+            expected = sd.get_pyramid_levels(section["image"], n=there.index(factor)).values
+        else:
+            halves = levels[factor // 2].reshape(3, 864 // factor, 2, 1296 // factor, 2)
+            expected = np.floor(halves.mean((2, 4)) + 0.5)
+        np.testing.assert_array_equal(levels[factor], expected)
+
+
+def test_an_image_of_a_few_pixels_is_halved_as_often_as_it_can_be(plain_section):
+    section = plain_section(np.zeros((3, 3, 5), np.uint8), centres=[[1, 1]])
+    assert [level.downsample for level in resolve_slide(section).levels] == [1, 2]
 
 
 def test_level_is_chosen_by_resolution():

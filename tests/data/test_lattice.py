@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hespotex.data.lattice import detect_lattice, visium_pitch
+from hespotex.data.lattice import array_lattice, detect_lattice
 
 
 def square(n: int = 8, pitch: float = 200.0) -> np.ndarray:
@@ -53,16 +53,29 @@ def test_no_lattice():
     assert detect_lattice(square()[:3]) is None
 
 
-def test_visium_pitch_needs_visiums_proportions():
+def test_a_hexagonal_array_has_visiums_proportions():
     row, column = np.meshgrid(np.arange(8), np.arange(16), indexing="ij")
     used = (row + column) % 2 == 0
     row, column = row[used].astype(float), column[used].astype(float)
     xy = np.column_stack([column / 2, row * np.sqrt(3) / 2]) * 80
-    assert visium_pitch(turned(xy, 20), row, column) == pytest.approx(80)
-    assert visium_pitch(xy * (1, 1.1), row, column) is None
-    assert visium_pitch(xy, row, row) is None
+    kind, pitch = array_lattice(turned(xy, 20), row, column)
+    assert kind == "hex"
+    assert pitch == pytest.approx(80)
+    assert array_lattice(xy * (1, 1.1), row, column) is None
+    assert array_lattice(xy, row, row) is None
     staggered = np.column_stack([column * 21.6, row * 24.1])  # ST "2k" arrays: every second position, another ratio
-    assert visium_pitch(staggered, row, column) is None
+    assert array_lattice(staggered, row, column) is None
+
+
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_a_square_array_is_known_by_few_of_its_places(share):
+    rng = np.random.default_rng(0)
+    places = np.argwhere(rng.random((60, 60)) < share).astype(float)
+    xy = turned(places[:, ::-1] * 8 + rng.normal(0, 0.1, places.shape), 30)
+    kind, pitch = array_lattice(xy, *places.T)
+    assert kind == "square"
+    assert pitch == pytest.approx(8, rel=1e-2)
+    assert array_lattice(rng.permutation(xy), *places.T) is None
 
 
 @pytest.mark.data

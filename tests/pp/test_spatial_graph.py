@@ -58,6 +58,31 @@ def test_scattered_and_incomplete_lattices_keep_their_edges():
     np.testing.assert_array_equal(graph(moved[kept]).connectivities.toarray(), exact[kept][:, kept].toarray())
 
 
+@pytest.mark.parametrize("with_array", [True, False])
+@pytest.mark.parametrize("kept", [0.5, 0.1])
+def test_neighbours_on_a_lattice_that_is_mostly_missing(kept, with_array):
+    places = np.argwhere(np.random.default_rng(0).random((150, 150)) < kept)
+    adata = table(places[:, ::-1] * 8.0)
+    if with_array:
+        adata.obs["array_row"], adata.obs["array_col"] = places.T
+    found = hx.pp.spatial_graph(adata, kind=None if with_array else "square", copy=True)
+    pairs = np.abs(places[:, None, 0] - places[None, :, 0]) + np.abs(places[:, None, 1] - places[None, :, 1])
+    assert found.connectivities.nnz == (pairs == 1).sum()
+    assert set(found.distances.data) == {8.0}
+
+
+def test_bins_far_apart_in_a_region_of_its_own_are_no_neighbours():
+    """Three bins show no lattice; the pitch is that of the sections beside them."""
+    x, y = np.meshgrid(np.arange(20.0), np.arange(20.0))
+    section = np.column_stack([x.ravel(), y.ravel()]) * 100
+    few = np.array([[0.0, 0], [3000, 0], [0, 3000], [3000, 3000], [3100, 3000]])
+    adata = table(np.concatenate([section, few]))
+    adata.obs["section"] = ["a"] * len(section) + ["b"] * len(few)
+    found = hx.pp.spatial_graph(adata, library_key="section", copy=True)
+    assert found.distances.data.max() == 100
+    assert found.connectivities[len(section) :].nnz == 2
+
+
 def test_clouds_get_nearest_neighbours_made_symmetric():
     points = np.random.default_rng(0).random((50, 2))
     connectivities, distances = graph(points)

@@ -23,7 +23,7 @@ from ..errors import (
     MissingKeyError,
     ScaleError,
 )
-from .lattice import visium_pitch
+from .lattice import array_lattice
 from .pyramid import Level, levels_of, transformations_of
 from .wsi import has_reader, slide_of_reader, stated_by_reader
 
@@ -368,9 +368,9 @@ def _mpp_from_visium(sdata: SpatialData, image_key: str) -> float | None:
             continue
         centroids = sdata.shapes[name].geometry.centroid.loc[positions[Keys.INSTANCE]]
         xy = _apply(matrix, np.column_stack([centroids.x, centroids.y]))
-        pitch_px = visium_pitch(xy, positions[Keys.ARRAY_ROW], positions[Keys.ARRAY_COL])
-        if pitch_px is not None:
-            mpp = VISIUM_PITCH_UM / pitch_px
+        lattice = array_lattice(xy, positions[Keys.ARRAY_ROW], positions[Keys.ARRAY_COL])
+        if lattice is not None and lattice.kind == "hex":
+            mpp = VISIUM_PITCH_UM / lattice.pitch
             logger.info("image %r: %.4g µm/px by the 100 µm pitch of the Visium spots %r", image_key, mpp, name)
             return mpp
     return None

@@ -9,14 +9,14 @@ from scipy.spatial import cKDTree
 
 from ..errors import DataValueError
 
-__all__ = ["Lattice", "detect_lattice", "lattice_angle", "lay_lattice", "spot_pitch", "visium_pitch"]
+__all__ = ["Lattice", "array_lattice", "detect_lattice", "lattice_angle", "lay_lattice", "spot_pitch"]
 
 # Measured positions of legacy arrays scatter by a few percent of the pitch; the next distance on a square
 # lattice is 1.41 pitches, so that a fifth separates the two safely.
 DISTANCE_TOLERANCE = 0.2
 MIN_SHARE = 0.8  # of the spots that have a neighbour at the pitch, and of the directions that agree
 MIN_SPOTS = 4
-VISIUM_TOLERANCE = 0.03
+ARRAY_TOLERANCE = 0.03
 
 
 class Lattice(NamedTuple):
@@ -132,27 +132,35 @@ def spot_pitch(coordinates: np.ndarray, region: np.ndarray | None = None) -> flo
     return pitch
 
 
-def visium_pitch(xy: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> float | None:
-    """Distance of neighbouring spots of a Visium array in the units of `xy`, or ``None`` if it is no such array.
+def array_lattice(xy: np.ndarray, array_row: np.ndarray, array_col: np.ndarray) -> Lattice | None:
+    """The lattice of an array by the places of its spots on it, however few are left; ``None`` if they do not fit.
 
-    On Visium's array rows are √3/2 pitches apart and columns half a pitch, every second one of a row being used.
-    The pitch is fitted to all spots, so that no single one decides.
+    On Visium's array rows are √3/2 pitches apart and columns half a pitch, every second one of a row being used; on a
+    square one both are a pitch apart. The pitch is fitted to all spots, so that no single one decides.
+
+    Parameters
+    ----------
+    xy
+        Positions, (n, 2).
+    array_row, array_col
+        Place on the array, (n,).
     """
     known = np.isfinite(array_row) & np.isfinite(array_col) & np.isfinite(xy).all(axis=1)
     rows, columns, xy = array_row[known], array_col[known], xy[known]
     design = np.column_stack([columns, rows, np.ones(len(xy))])
-    if len(xy) < MIN_SPOTS or np.linalg.matrix_rank(design) < 3 or len(np.unique((rows + columns) % 2)) != 1:
+    if len(xy) < MIN_SPOTS or np.linalg.matrix_rank(design) < 3:
         return None
     fit = np.linalg.lstsq(design, xy, rcond=None)[0]
-    column, row = fit[0], fit[1]
-    by_column, by_row = 2 * np.hypot(*column), 2 / np.sqrt(3) * np.hypot(*row)
-    if min(by_column, by_row) <= 0:
+    column, row = np.hypot(*fit[0]), np.hypot(*fit[1])
+    if min(column, row) <= 0 or abs(fit[0] @ fit[1]) > ARRAY_TOLERANCE * column * row:
         return None
-    pitch = float(np.sqrt(by_column * by_row))
-    equal = abs(by_column / by_row - 1) <= VISIUM_TOLERANCE
-    right_angle = abs(column @ row) <= VISIUM_TOLERANCE * np.hypot(*column) * np.hypot(*row)
-    on_array = np.median(np.hypot(*(design @ fit - xy).T)) <= VISIUM_TOLERANCE * pitch
-    return pitch if equal and right_angle and on_array else None
+    alternating = len(np.unique((rows + columns) % 2)) == 1
+    for kind, by_column, by_row in (("hex", 2 * column, 2 / np.sqrt(3) * row), ("square", column, row)):
+        pitch = float(np.sqrt(by_column * by_row))
+        on_array = np.median(np.hypot(*(design @ fit - xy).T)) <= ARRAY_TOLERANCE * pitch
+        if (alternating or kind == "square") and abs(by_column / by_row - 1) <= ARRAY_TOLERANCE and on_array:
+            return Lattice(kind, pitch)  # type: ignore[arg-type]
+    return None
 
 
 def _steps(points: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Level", "level_factor", "levels_of", "transformations_of"]
 
+_HALVINGS = (2.0, 4.0, 8.0)
+
 
 @dataclass(frozen=True, eq=False)
 class Level:
@@ -58,7 +60,12 @@ def level_factor(full: Sequence[int], size: Sequence[int]) -> int | None:
 
 
 def levels_of(key: str, image: Any) -> tuple[Level, ...]:
-    """The finest level and coarser ones: as stored where they are known to lie on it, else computed when read."""
+    """The finest level and coarser ones: as stored where they are known to lie on it, else computed when read.
+
+    The first three halvings are always there. A scanner that stores each fourth level only, or a third of the size, would
+    else be read from another level, whose pixels are blurred differently, than one that stores every second, and textures
+    would differ between them more than between tissues.
+    """
     import dask.array as da
     from spatialdata import get_pyramid_levels
     from xarray import DataArray
@@ -80,7 +87,19 @@ def levels_of(key: str, image: Any) -> tuple[Level, ...]:
         data = trusted if isinstance(trusted, da.Array) else da.from_array(trusted)
         if factor % trusted_factor == 0:
             levels.append(Level(_reduced(data, factor // trusted_factor), float(factor)))
-    return tuple(levels)
+    return tuple(_with_halvings(levels))
+
+
+def _with_halvings(levels: list[Level]) -> list[Level]:
+    """`levels` with the first halvings of level 0 in place of what is stored between them."""
+    found = {level.downsample: level for level in levels if level.downsample > _HALVINGS[-1]}
+    stored = {level.downsample: level for level in levels}
+    finer = found[1.0] = levels[0]
+    for factor in _HALVINGS:
+        if min(finer.array.shape[1:]) < 2:
+            break
+        finer = found[factor] = stored.get(factor) or Level(_reduced(finer.array, 2), factor)
+    return [found[factor] for factor in sorted(found)]
 
 
 def _reduced(array: da.Array, factor: int) -> da.Array:

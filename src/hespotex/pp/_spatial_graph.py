@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from pandas.api.types import is_numeric_dtype
 from scipy import sparse
 
 from .._keys import Keys, check_key
 from .._logging import logger
 from ..data.geometry import is_microns, shape_positions
-from ..data.lattice import detect_lattice
+from ..data.lattice import Lattice, array_lattice, detect_lattice
 from ..data.provenance import record
 from ..data.tables import AnnotatedTable, resolve_table, row_positions
 from ..data.transaction import restored_on_error
@@ -27,6 +28,8 @@ __all__ = ["spatial_graph"]
 # of legacy arrays scatter. On a square lattice those are 1, 1.41, 2; on a hexagonal one 1, 1.73, 2.
 _REACH = {("square", 4): 1.25, ("square", 8): 1.7, ("hex", 6): 1.35}
 _DEFAULT_NEIGHBOURS = {"square": 4, "hex": 6, "knn": 6}
+_HANDFUL = 20  # so few observations far apart may look like a lattice of their own
+_DIRECT_SHARE = 0.1  # of observations that have a neighbour at the pitch, even where most of a lattice is missing
 
 
 class SpatialGraph(NamedTuple):
@@ -58,7 +61,8 @@ def spatial_graph(
         A SpatialData whose table annotates shapes, or an AnnData with coordinates in ``obsm``.
     kind
         ``"square"``: 4 neighbours at the pitch (or 8 with the diagonal ones); ``"hex"``: 6; ``"knn"``: the nearest
-        `n_neighs`, made symmetric. ``None``: the lattice that the coordinates lie on, else ``"knn"``.
+        `n_neighs`, made symmetric. ``None``: the lattice that the coordinates lie on, or, where many observations are
+        missing, that of ``obs["array_row"]`` and ``obs["array_col"]``; else ``"knn"``.
     n_neighs
         Number of neighbours: 4 or 8, 6, or any for ``"knn"`` (by default 6, or all where there are fewer).
     table_key, shapes_key
@@ -117,8 +121,10 @@ def spatial_graph(
             check_slot_free(adata, slot, key, maker="spatial_graph", note=connectivities_key)
     coordinates, unit = _coordinates(data, table, spatial_key)
     region = _regions(table, library_key)
-    resolved, number = _resolve_kind(kind, n_neighs, coordinates, region)
-    graph = _build(coordinates, region, resolved, number, fewer=n_neighs is None)
+    places = _places(table)
+    lattice = _lattice(coordinates, region, places)
+    resolved, number = _resolve_kind(kind, n_neighs, len(coordinates), lattice)
+    graph = _build(coordinates, region, places, lattice, resolved, number, fewer=n_neighs is None)
     if copy:
         return graph
     coord_type = "generic" if resolved == "knn" else "grid"
@@ -175,13 +181,29 @@ def _regions(table: AnnotatedTable, library_key: str | None) -> np.ndarray:
     return np.unique(table.adata.obs[library_key].astype(str), return_inverse=True)[1]
 
 
-def _resolve_kind(
-    kind: str | None, n_neighs: int | None, coordinates: np.ndarray, region: np.ndarray
-) -> tuple[str, int]:
-    if len(coordinates) < 2:
+def _places(table: AnnotatedTable) -> np.ndarray | None:
+    """Row and column of each observation on its array, (n, 2), where the table states them."""
+    columns = [Keys.ARRAY_ROW, Keys.ARRAY_COL]
+    obs = table.adata.obs
+    if not set(columns) <= set(obs) or not all(is_numeric_dtype(obs[column]) for column in columns):
+        return None
+    return obs[columns].to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _lattice(coordinates: np.ndarray, region: np.ndarray, places: np.ndarray | None) -> Lattice | None:
+    """The lattice of all regions: by their coordinates or, where too much is missing, by the array of the largest."""
+    lattice = detect_lattice(coordinates, region)
+    if lattice is None and places is not None:
+        names, sizes = np.unique(region, return_counts=True)
+        rows = region == names[sizes.argmax()]
+        lattice = array_lattice(coordinates[rows], *places[rows].T)
+    return lattice
+
+
+def _resolve_kind(kind: str | None, n_neighs: int | None, n_obs: int, lattice: Lattice | None) -> tuple[str, int]:
+    if n_obs < 2:
         raise DataValueError("a graph needs at least 2 observations, there is 1")
     if kind is None:
-        lattice = detect_lattice(coordinates, region)
         kind = lattice.kind if lattice and (n_neighs is None or (lattice.kind, n_neighs) in _REACH) else "knn"
     if kind not in _DEFAULT_NEIGHBOURS:
         raise DataValueError(f"kind={kind!r} is unknown; possible: {', '.join(map(repr, _DEFAULT_NEIGHBOURS))} or None")
@@ -195,11 +217,26 @@ def _resolve_kind(
     return kind, int(n_neighs)
 
 
-def _build(coordinates: np.ndarray, region: np.ndarray, kind: str, n_neighs: int, *, fewer: bool) -> SpatialGraph:
+def _build(
+    coordinates: np.ndarray,
+    region: np.ndarray,
+    places: np.ndarray | None,
+    lattice: Lattice | None,
+    kind: str,
+    n_neighs: int,
+    *,
+    fewer: bool,
+) -> SpatialGraph:
     connectivities, distances, order = [], [], []
     for name in np.unique(region):
         rows = np.flatnonzero(region == name)
-        adjacency, distance = _build_region(coordinates[rows], kind, n_neighs, fewer=fewer)
+        points, array = coordinates[rows], None if places is None else places[rows]
+        if len(rows) == 1:
+            adjacency = distance = sparse.csr_matrix((1, 1))
+        elif kind == "knn":
+            adjacency, distance = _nearest(points, n_neighs, fewer=fewer)
+        else:
+            adjacency, distance = _within(points, _REACH[kind, n_neighs] * _pitch(points, array, lattice))
         connectivities.append(adjacency)
         distances.append(distance)
         order.append(rows)
@@ -209,34 +246,42 @@ def _build(coordinates: np.ndarray, region: np.ndarray, kind: str, n_neighs: int
     return SpatialGraph(first.astype(np.float32), second)
 
 
-def _build_region(coordinates: np.ndarray, kind: str, n_neighs: int, *, fewer: bool) -> tuple[Any, Any]:
-    """Graph of one region; `fewer` neighbours are taken where there are no more."""
-    from squidpy.gr.neighbors import KNNBuilder, RadiusBuilder
+def _nearest(coordinates: np.ndarray, n_neighs: int, *, fewer: bool) -> tuple[Any, Any]:
+    """Graph of the nearest neighbours; `fewer` are taken where there are no more."""
+    from squidpy.gr.neighbors import KNNBuilder
 
     n_obs = len(coordinates)
-    if n_obs == 1:
-        return sparse.csr_matrix((1, 1)), sparse.csr_matrix((1, 1))
-    if kind == "knn":
-        if n_obs <= n_neighs and not fewer:
-            raise DataValueError(f"n_neighs={n_neighs} neighbours were asked for among {n_obs} observations; lower it")
-        adjacency, distance = KNNBuilder(n_neighs=min(n_neighs, n_obs - 1)).build(coordinates)
-    else:
-        pitch = _pitch(coordinates)
-        adjacency, distance = RadiusBuilder(radius=_REACH[kind, n_neighs] * pitch).build(coordinates)
+    if n_obs <= n_neighs and not fewer:
+        raise DataValueError(f"n_neighs={n_neighs} neighbours were asked for among {n_obs} observations; lower it")
+    return _symmetric(*KNNBuilder(n_neighs=min(n_neighs, n_obs - 1)).build(coordinates))
+
+
+def _within(coordinates: np.ndarray, radius: float) -> tuple[Any, Any]:
+    """Graph of all within a distance of each other."""
+    from squidpy.gr.neighbors import RadiusBuilder
+
+    return _symmetric(*RadiusBuilder(radius=radius).build(coordinates))
+
+
+def _symmetric(adjacency: Any, distance: Any) -> tuple[Any, Any]:
     adjacency, distance = adjacency.maximum(adjacency.T), distance.maximum(distance.T)
     adjacency.eliminate_zeros()
     return adjacency, distance
 
 
-def _pitch(coordinates: np.ndarray) -> float:
-    """Distance of neighbours; where a handful of spots shows no lattice, their commonest nearest distance."""
+def _pitch(coordinates: np.ndarray, places: np.ndarray | None, common: Lattice | None) -> float:
+    """Distance of neighbours in a region: by its array or its coordinates, else that of all regions.
+
+    Where nothing shows a lattice it is the distance of those that lie close, as most neighbours may be missing.
+    """
     from scipy.spatial import cKDTree
 
-    lattice = detect_lattice(coordinates)
-    if lattice is not None:
-        return lattice.pitch
+    lattice = None if places is None else array_lattice(coordinates, *places.T)
+    if lattice is None and (common is None or len(coordinates) >= _HANDFUL):
+        lattice = detect_lattice(coordinates)
+    if lattice is not None or common is not None:
+        return (lattice or common).pitch  # type: ignore[union-attr]
     nearest = cKDTree(coordinates).query(coordinates, k=2)[0][:, 1]
-    pitch = float(np.median(nearest))
-    if pitch <= 0:
+    if np.median(nearest) <= 0:
         raise DataValueError("most observations coincide with another: a graph needs distinct coordinates")
-    return pitch
+    return float(np.quantile(nearest[nearest > 0], _DIRECT_SHARE))
