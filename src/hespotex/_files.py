@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = ["check_writable", "exchange", "publish", "replacing", "staged"]
+__all__ = ["check_writable", "clear_staged", "exchange", "publish", "replacing", "staged"]
 
 _SYNCS = 16
 _IN_USE = ".in_use"
@@ -77,12 +77,10 @@ def staged(path: Path) -> Iterator[Path]:
 
     Folders that killed runs have left there are deleted. They are known by their lock, which ends with its process.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file in path.parent.glob(f".{glob.escape(path.name)}-*/{_IN_USE}"):
-        with suppress(Timeout, OSError, NotImplementedError), FileLock(file, timeout=0):
-            shutil.rmtree(file.parent, ignore_errors=True)
+    clear_staged(path.parent, glob.escape(path.name))
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     lock = FileLock(folder / _IN_USE, timeout=0)
     try:
@@ -92,6 +90,15 @@ def staged(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+
+
+def clear_staged(folder: Path, names: str) -> None:
+    """Delete what killed processes were preparing in `folder`, under names that fit the pattern `names`."""
+    from filelock import FileLock, Timeout
+
+    for file in folder.glob(f".{names}-*/{_IN_USE}"):
+        with suppress(Timeout, OSError, NotImplementedError), FileLock(file, timeout=0):
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def publish(part: Path, path: Path) -> None:

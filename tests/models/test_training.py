@@ -225,6 +225,43 @@ def test_unreadable_state_is_dropped_with_a_warning(items, tmp_path, content):
     with pytest.warns(HespotexWarning, match="training starts anew"):
         fit_lightning(module, items, run, max_epochs=2)
     assert same(module, reference)
+    assert path.with_suffix(".damaged").read_bytes() == content
+
+
+def test_a_state_outlives_errors_that_pass(items, tmp_path, monkeypatch):
+    run = Run(seed=3, device="cpu", checkpoint_dir=tmp_path)
+    fit_lightning(Regression(), items, run, max_epochs=2)
+    (path,) = tmp_path.glob("*.ckpt")
+    for error in (OSError(24, "Too many open files"), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)):
+                fit_lightning(Regression(), items, run, max_epochs=2)
+    module = Regression()
+    fit_lightning(module, items, run, max_epochs=2)
+    assert not module.steps  # nothing was fitted again
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_of_a_state_goes_with_the_next(items, tmp_path):
+    run = Run(seed=3, device="cpu", checkpoint_dir=tmp_path)
+    name = fit_lightning(Regression(), items, run, max_epochs=2).checkpoint.name
+    left = tmp_path / f".{name}-killed"
+    left.mkdir()
+    (left / ".in_use").touch()
+    (left / name).write_bytes(b"half a state")
+    (tmp_path / name).unlink()
+    fit_lightning(Regression(), items, run, max_epochs=2)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_state_of_another_version_is_not_gone_on_with(items, tmp_path, monkeypatch):
+    run = Run(seed=3, device="cpu", checkpoint_dir=tmp_path)
+    fit_lightning(Regression(), items, run, max_epochs=2)
+    monkeypatch.setattr("hespotex.models._state.__version__", "0.0.1")
+    module = Regression()
+    fit_lightning(module, items, run, max_epochs=2)
+    assert len(module.steps) == 2 * len(items)
 
 
 def test_states_are_never_unpickled(items, tmp_path):

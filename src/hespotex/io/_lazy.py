@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-__all__ = ["read_again", "read_lazy"]
+__all__ = ["places_of", "read_again", "read_lazy"]
 
 _KINDS = ("images", "labels", "points", "shapes", "tables")
 _ON_DISK = {"array", "csr_matrix", "csc_matrix"}  # how anndata calls the matrices that need not be read
@@ -89,6 +90,35 @@ def read_again(adata: AnnData, place: Path) -> None:
         adata.X = _matrix(group["X"])
     for name in [name for name, values in adata.layers.items() if name is not None and is_lazy(values)]:
         adata.layers[name] = _matrix(group["layers"][name])
+
+
+def places_of(adata: AnnData) -> set[Path]:
+    """Where on this machine the matrices lie that `adata` leaves on disk, or computes from such."""
+    matrices = [adata.X, *(values for name, values in adata.layers.items() if name is not None)]
+    found = (place for matrix in matrices if is_lazy(matrix) for place in _places(matrix))
+    return {Path(place).resolve() for place in found}
+
+
+def _places(value: Any) -> Iterator[Path]:
+    """Places of all zarr arrays and groups in a matrix, a dask graph or a part of one."""
+    from zarr.storage import LocalStore
+
+    origin = getattr(value, "group", value)  # anndata's matrices hold the group they lie in
+    if hasattr(origin, "store_path"):
+        if isinstance(origin.store, LocalStore):
+            yield origin.store.root / origin.store_path.path
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _places(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _places(part)
+    elif isinstance(value, partial):
+        yield from _places((value.func, value.args, value.keywords))
+    elif hasattr(value, "dask"):
+        yield from _places(dict(value.dask))
+    elif hasattr(value, "args"):  # a task of dask, whose function may be a partial one
+        yield from _places((getattr(value, "func", None), value.args, getattr(value, "kwargs", {})))
 
 
 def _table(group: Any) -> AnnData:

@@ -21,7 +21,7 @@ from .._files import check_writable, exchange, replacing
 from .._logging import logger
 from ..data.elements import shapes_kept
 from ..errors import DataTypeError, DataValueError, MissingKeyError
-from ._lazy import read_again
+from ._lazy import places_of, read_again
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -45,8 +45,9 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
     sdata
         Object whose ``path`` names a store on this machine.
     names
-        Elements to write. By default all tables, and the elements that the store lacks: whether another element has
-        changed since it was read cannot be told.
+        Elements to write, in any order: what is computed from the old version of another one is written before it. By
+        default all tables, and the elements that the store lacks: whether another element has changed since it was read
+        cannot be told.
 
     Returns
     -------
@@ -55,8 +56,8 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
     Raises
     ------
     DataValueError
-        If the object has no store, or it lies elsewhere; or if another element is computed, when it is read, from the
-        old version of one of them.
+        If the object has no store, or it lies elsewhere; or if an element that is not written reads the old version of
+        one that is.
     MissingKeyError
         If the object has no such element.
     OutputError
@@ -85,7 +86,7 @@ def persist(sdata: SpatialData, names: str | Sequence[str] | None = None) -> Non
         chosen = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in chosen if name not in kinds]:
         raise MissingKeyError(f"names={unknown} are no elements of the object; there are {sorted(kinds)}")
-    _check_readers(sdata, store, kinds, chosen)
+    chosen = _readers_first(sdata, store, kinds, list(dict.fromkeys(chosen)))
     for place in (
         store,
         store / "zarr.json",
@@ -125,30 +126,47 @@ def _stored(store: Path) -> list[str]:
     return [place.name for kind in kinds for place in (store / kind).glob("*") if (place / "zarr.json").is_file()]
 
 
-def _check_readers(sdata: SpatialData, store: Path, kinds: dict[str, str], chosen: list[str]) -> None:
-    """Refuse to replace what another element is lazily computed from: it would be computed anew, from the new version."""
-    lazy = [name for name, kind in kinds.items() if kind in _LAZY]
-    for number, name in enumerate(chosen):
-        place = (store / kinds[name] / name).resolve()
-        if name not in lazy or not place.is_dir():
-            continue
-        # those written before are read from their own files by then
-        for other in set(lazy) - {*chosen[:number], name}:
-            if any(file.is_relative_to(place) for file in _files_of(sdata[other])):
-                raise DataValueError(
-                    f"names: {name!r} cannot be replaced while {other!r} is computed from it; persist {other!r} first: "
-                    f"hx.io.persist(sdata, [{other!r}, {name!r}])"
-                )
+def _readers_first(sdata: SpatialData, store: Path, kinds: dict[str, str], chosen: list[str]) -> list[str]:
+    """`chosen` in an order in which none is replaced while another one is lazily computed from it.
+
+    That other one would be computed anew, from the new version. One that was written reads its own files.
+    """
+    files = {name: _files_of(sdata[name]) for name in kinds}
+    places = {name: (store / kinds[name] / name).resolve() for name in chosen}
+    order: list[str] = []
+    while left := [name for name in chosen if name not in order]:
+        readers = {
+            name: [
+                other
+                for other in kinds
+                if other not in {name, *order} and any(file.is_relative_to(places[name]) for file in files[other])
+            ]
+            for name in left
+        }
+        free = next((name for name in left if not readers[name]), None)
+        if free is None:
+            name, other = left[0], readers[left[0]][0]
+            remedy = (
+                "each reads the other: load them into memory first"
+                if other in chosen
+                else f"persist both: hx.io.persist(sdata, [{other!r}, {name!r}])"
+            )
+            raise DataValueError(f"names: {name!r} cannot be replaced while {other!r} is computed from it; {remedy}")
+        order.append(free)
+    return order
 
 
-def _files_of(element: Any) -> list[Path]:
-    """Files that a lazy element is computed from."""
+def _files_of(element: Any) -> set[Path]:
+    """Files and folders that a lazy element is computed from."""
+    from anndata import AnnData
     from spatialdata import get_dask_backing_files
 
+    if isinstance(element, AnnData):
+        return places_of(element)
     try:
-        return [Path(file).resolve() for file in get_dask_backing_files(element)]
+        return {Path(file).resolve() for file in get_dask_backing_files(element)}
     except AttributeError:  # spatialdata knows no zarr arrays in memory
-        return []
+        return set()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._device import resolve_device
+from .._files import clear_staged
 from .._settings import available_cpus, settings
 from ..errors import DataValueError, HespotexWarning, WorkerError
 
@@ -203,10 +204,8 @@ def _fit_in_workers(model: Model, sections: Sequence[Section], run: Run) -> None
     environment = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
     # DistributedDataParallel looks for weights that a step leaves alone, and logs a warning where there are none.
     pool = ProcessPoolExecutor(n, env={**environment, "TORCH_CPP_LOG_LEVEL": "ERROR"})
-    pids: list[int] = []
     try:
         futures = [pool.submit(_work, task, rank, n, store.port, os.getpid()) for rank in range(n)]
-        pids = list(pool._processes or ())
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for rank, future in enumerate(futures):
             if future in done and (failure := future.exception()) is not None:
@@ -223,7 +222,8 @@ def _fit_in_workers(model: Model, sections: Sequence[Section], run: Run) -> None
     finally:
         # Nobody waits for a process that waits for one which failed.
         pool.shutdown(wait=True, kill_workers=True)
-        _sweep(run.checkpoint_dir, pids)
+        if run.checkpoint_dir is not None:
+            clear_staged(Path(run.checkpoint_dir), "*.ckpt")
     learnt.hand_over(model)
 
 
@@ -233,13 +233,6 @@ def _advice(folder: Path | None) -> str:
     if any(folder.glob("*.ckpt")):
         return f"its last epochs are kept in {folder}: the same call goes on from there"
     return "not one epoch was finished"
-
-
-def _sweep(folder: Path | None, pids: Sequence[int]) -> None:
-    """Remove states that processes were killed in the middle of writing."""
-    for pid in pids if folder is not None and folder.is_dir() else ():
-        for path in folder.glob(f"*.{pid}.tmp"):  # type: ignore[union-attr]
-            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import staged
+from .._version import __version__
 from ..errors import HespotexWarning
 
 __all__ = ["read_state", "state_key", "write_state"]
@@ -18,31 +20,37 @@ __all__ = ["read_state", "state_key", "write_state"]
 
 def write_state(trainer: Any, path: Path) -> None:
     """Save all that the fit needs to go on, so that a kill leaves the state before or this one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        trainer.save_checkpoint(staging)  # of several processes the first writes
+    with staged(path) as folder:
+        part = folder / path.name
+        trainer.save_checkpoint(part)  # of several processes the first writes
         if trainer.is_global_zero:
-            staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+            part.replace(path)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The saved state, without unpickling objects; ``None`` if there is none or it is unreadable."""
+    """The saved state, without unpickling objects; ``None`` if there is none or it is damaged.
+
+    A damaged one is set aside as ``<name>.damaged``. What may pass, such as too many open files, too little memory or a
+    drive that is away, is raised: hours of training may lie there.
+    """
     import torch
 
     if not path.is_file():
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # noqa: BLE001  # torch raises whatever a damaged archive provokes
+        aside = path.with_suffix(".damaged")
         warnings.warn(
-            f"the state of an interrupted fit in {path} cannot be read ({error}); training starts anew",
+            f"the state of an interrupted fit in {path} cannot be read ({error}); it is kept as {aside.name}, and training "
+            "starts anew",
             HespotexWarning,
             stacklevel=3,
         )
-        path.unlink()
+        with suppress(FileNotFoundError):  # another process of this fit may have moved it
+            path.replace(aside)
         return None
 
 
@@ -50,7 +58,7 @@ def state_key(module: Any, items: Sequence[Any], validation: Sequence[Any], sett
     """Digest of all that determines a fit: what is kept of another must not be gone on with."""
     # The words of network and optimiser hold what their tensors do not: dropout, learning rate, weight decay. Those of a
     # scheduler hold its address, which differs from run to run.
-    words = re.sub(r" at 0x[0-9a-f]+", "", repr((settings, module, module.configure_optimizers())))
+    words = re.sub(r" at 0x[0-9a-f]+", "", repr((__version__, settings, module, module.configure_optimizers())))
     digest = hashlib.sha256(words.encode())
     digest.update(repr(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))).encode())
     _absorb(digest, module.state_dict())
