@@ -36,7 +36,7 @@ def iter_tasks(
     shared: Mapping[str, Any] | None = None,
     client: Client | None = None,
     n_jobs: int = 1,
-) -> Iterator[R]:
+) -> Generator[R]:
     """Yield ``function(task, **shared)`` for each task, in the order of the tasks.
 
     Leaving the loop early, or an error, cancels what has not begun, and closes `tasks` if it is a generator.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from hespotex.errors import (
 )
 from hespotex.pp import _nuclei_source, _segment_nuclei
 from hespotex.segmentation import Watershed, _kept, _store
+from hespotex.segmentation._nuclei import Nuclei
 
 from ..segmentation._scenes import discs, lattice, matched
 
@@ -443,6 +445,19 @@ def test_a_store_that_fails_leaves_nothing(scene, tmp_path, monkeypatch) -> None
     assert list(sdata["table"].obs) == ["region", "spot_id"]
 
 
+def test_threads_end_with_the_call_whatever_ends_it(scene, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
+    monkeypatch.setattr(Nuclei, "concatenate", lambda parts, _: full(next(iter(parts))))
+    before = set(threading.enumerate())
+    with pytest.raises(MemoryError) as kept:
+        hx.pp.segment_nuclei(make(scene[0]), n_jobs=2)
+    assert kept.tb is not None
+    assert not set(threading.enumerate()) - before
+
+
 def test_interrupted_nuclei_go_on_where_they_stopped(scene, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_nuclei_source, "BLOCK_PX", 64)
     monkeypatch.setattr(_kept, "KEEP_AFTER_S", 0.0)
@@ -472,6 +487,7 @@ def test_interrupted_nuclei_go_on_where_they_stopped(scene, tmp_path, monkeypatc
 
 KILLED = """
 import sys, time
+import threading
 import numpy as np
 import hespotex as hx
 from hespotex.pp import _nuclei_source

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 import tracemalloc
+from contextlib import closing
 
 import dask.array as da
 import numpy as np
@@ -103,6 +105,38 @@ def test_given_names_are_kept_and_order_is_along_rows(name: int) -> None:
     assert nuclei.ids.tolist() == [name, 7]
     assert np.array_equal(rasterise(nuclei)[:], labels)
     assert nuclei.centroids().tolist() == [[65, 15], [15, 75]]
+
+
+def test_pieces_with_the_number_of_another_nucleus_are_reported() -> None:
+    labels = np.zeros((200, 200), np.int64)
+    labels[40:60, 40:60] = 1  # whole, on a corner of four blocks
+    labels[10:20, 10:20] = labels[10:20, 180:190] = labels[170:180, 30:40] = 2
+
+    def backend(block) -> np.ndarray:
+        return np.pad(labels, 30)[block.y : block.y + 110, block.x : block.x + 110]
+
+    image = np.full((200, 200, 3), 200, np.uint8)
+    options = {"mpp": 0.5, "halo_px": 30, "block_px": 50, "n_jobs": 1, "keep_names": True, "progress_bar": False}
+    with pytest.warns(HespotexWarning, match="2 pieces of the label image have the number of another nucleus"):
+        nuclei = segment_slide(slide_of(image), backend, **options)
+    assert nuclei.ids.tolist() == [2, 1]
+    assert nuclei.centroids().tolist() == [[15, 15], [50, 50]]
+
+
+def test_nothing_works_on_when_the_nuclei_are_no_longer_wanted() -> None:
+    """Also where a traceback, as in a notebook, keeps what was in use."""
+    image = np.full((400, 400, 3), 200, np.uint8)
+    before = set(threading.enumerate())
+
+    def backend(block) -> np.ndarray:
+        height, width = block.pixels.shape[:2]
+        return np.pad(np.ones((10, 10), np.int32), [(20, height - 30), (20, width - 30)])
+
+    nuclei = iter_nuclei(slide_of(image), backend, mpp=0.5, halo_px=5, block_px=50, n_jobs=2, progress_bar=False)
+    with closing(nuclei):
+        next(nuclei)
+        assert set(threading.enumerate()) - before
+    assert not set(threading.enumerate()) - before
 
 
 def test_nuclei_beyond_the_surroundings_are_reported() -> None:

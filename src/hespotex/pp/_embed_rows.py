@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -46,17 +47,30 @@ def compute_features(
         for place in places:
             runs = encoder.runs(place.slide, place.centres, batch_size=how["batch_size"])
             todo = [run for run in runs if not partial.done[place.rows[run]].all()]
-            if client is None:
-                found = encoder.embed_runs(place.slide, place.centres, todo, **how, progress_bar=shown)
-            else:
-                found = _on_cluster(encoder, place, todo, how, client, progress_bar=shown)
-            for number, values in found:
-                _check_finite(encoder, values)  # before it is kept: the same call would find it again
-                partial.write(place.rows[todo[number]], values)
+            with closing(_features(encoder, place, todo, how, client, progress_bar=shown)) as found:
+                for number, values in found:
+                    _check_finite(encoder, values)  # before it is kept: the same call would find it again
+                    partial.write(place.rows[todo[number]], values)
         if not partial.done.all():
             raise DataValueError(f"encoder {encoder.name!r} left out {int((~partial.done).sum())} tiles")
     partial.discard()
     return partial.values()
+
+
+def _features(
+    encoder: Encoder,
+    place: Place,
+    runs: list[np.ndarray],
+    how: dict[str, Any],
+    client: Client | None,
+    *,
+    progress_bar: bool,
+) -> Generator[tuple[int, np.ndarray]]:
+    """What ``encoder.embed_runs`` yields; closing it stops threads and tasks that work ahead."""
+    if client is None:
+        yield from encoder.embed_runs(place.slide, place.centres, runs, **how, progress_bar=progress_bar)
+    else:
+        yield from _on_cluster(encoder, place, runs, how, client, progress_bar=progress_bar)
 
 
 def _check_finite(encoder: Encoder, values: np.ndarray) -> None:

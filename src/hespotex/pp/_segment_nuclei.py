@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +224,10 @@ def segment_nuclei(
         kept = KeptRuns(lambda: source.identity(slide, simplify_um)) if source.described is not None else None
         if kept is not None:
             stack.enter_context(kept)
-        found = _found(slide, source, simplify_um, n_jobs, client, kept, progress_bar=progress_bar)
+        # Closed whatever ends the work: a notebook keeps the traceback, and with it threads and tasks of a cluster.
+        found = stack.enter_context(
+            closing(_found(slide, source, simplify_um, n_jobs, client, kept, progress_bar=progress_bar))
+        )
         if target is not None:
             labels = _label_type(source) if raster else None
             _to_disk(
@@ -274,7 +277,7 @@ def _found(
     kept: KeptRuns | None,
     *,
     progress_bar: bool | None,
-) -> Iterator[Nuclei]:
+) -> Generator[Nuclei]:
     """Nuclei of one row of blocks after the other."""
     if source.outlines is not None:
         return iter_given(

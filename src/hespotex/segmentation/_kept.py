@@ -69,10 +69,10 @@ class KeptRuns:
         return found if len(found.spare) == len(found.regions) else None
 
     def holds(self, run: int) -> bool:
-        """Whether a run is kept, and whole."""
-        whole = self.load(run) is not None
-        self._count += whole
-        return whole
+        """Whether a run is kept; whether it is whole shows when it is loaded."""
+        there = self._folder is not None and self._path(run).is_file()
+        self._count += there
+        return there
 
     def save(self, run: int, found: Found) -> None:
         """Keep the result of a run; in memory for the first seconds."""

@@ -58,7 +58,9 @@ class Merger:
 
     def __init__(self, block_px: int, halo_px: int, *, by_name: bool) -> None:
         self._block_px, self._halo_px, self._by_name = block_px, halo_px, by_name
-        self._seen = np.empty(0, dtype=np.int64)
+        self._seen = np.empty(0, dtype=np.int64)  # names, and the boxes of their regions
+        self._boxes = np.empty((0, 4), dtype=np.int32)
+        self.scattered = 0  # pieces that were left out, as their name was that of a region elsewhere
         self._above = PackedRegions.empty()  # those of earlier rows that may lie where a later one finds some
         self._waiting = PackedRegions.empty()  # spare ones that belong to the next row
 
@@ -81,10 +83,16 @@ class Merger:
         return regions.take(kept[np.lexsort((x, y))])
 
     def _new_names(self, regions: PackedRegions) -> np.ndarray:
-        first = np.sort(np.unique(regions.names, return_index=True)[1])
-        new = first[~np.isin(regions.names[first], self._seen, assume_unique=True)]
-        self._seen = np.union1d(self._seen, regions.names[new])
-        return new
+        names = np.concatenate([self._seen, regions.names])
+        boxes = np.concatenate([self._boxes, regions.boxes.astype(np.int32)])
+        self._seen, first, number = np.unique(names, return_index=True, return_inverse=True)
+        self._boxes = boxes[first]
+        here = np.arange(len(names) - len(regions), len(names))
+        # Blocks see the same region at places that meet; what lies apart from the first is another piece.
+        there = self._boxes[number[here]]
+        apart = (boxes[here, :2] > there[:, 2:]).any(axis=1) | (there[:, :2] > boxes[here, 2:]).any(axis=1)
+        self.scattered += int(apart.sum())
+        return np.flatnonzero(first[number[here]] == here)
 
     def _new_places(self, regions: PackedRegions, spare: np.ndarray, row: int) -> np.ndarray:
         """Those that none before them shows already, which is why the spare ones are the last."""

@@ -48,11 +48,6 @@ class PackedRegions:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all arrays."""
-        return sum(array.nbytes for array in self.arrays().values())
-
     @classmethod
     def pack(cls, regions: Regions) -> PackedRegions:
         """The same regions; outlines are rounded to float32 from the corners of their boxes, 1e-6 of a pixel."""

@@ -12,7 +12,8 @@ with a row of blocks, and a row is merged as soon as it is there: nothing grows 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def iter_nuclei(
     simplify_um: float = SIMPLIFY_UM,
     kept: KeptRuns | None = None,
     progress_bar: bool | None = None,
-) -> Iterator[Nuclei]:
+) -> Generator[Nuclei]:
     """Find the nuclei of a slide, one row of blocks after the other.
 
     Parameters
@@ -128,20 +129,28 @@ def iter_nuclei(
     )
     found = cut = 0
     parts: list[Found] = []
-    for number, (run, part) in enumerate(zip(runs, results, strict=True)):
-        parts.append(part)
-        cut += part.cut
-        if number + 1 < len(runs) and runs[number + 1][0, 0] == run[0, 0]:
-            continue  # the row of blocks goes on
-        del part
-        merged = merger.add(int(run[0, 0]) // block_px, parts)
-        if len(merged):
-            ids = merged.names if keep_names else np.arange(found + 1, found + len(merged) + 1)
-            found += len(merged)
-            yield Nuclei(ids=ids, regions=merged, grid=grid)
-        del merged  # a row of a wide slide is tens of MB
+    with closing(results):
+        for number, (run, part) in enumerate(zip(runs, results, strict=True)):
+            parts.append(part)
+            cut += part.cut
+            if number + 1 < len(runs) and runs[number + 1][0, 0] == run[0, 0]:
+                continue  # the row of blocks goes on
+            del part
+            merged = merger.add(int(run[0, 0]) // block_px, parts)
+            if len(merged):
+                ids = merged.names if keep_names else np.arange(found + 1, found + len(merged) + 1)
+                found += len(merged)
+                yield Nuclei(ids=ids, regions=merged, grid=grid)
+            del merged  # a row of a wide slide is tens of MB
     if not found and kept is not None:
         kept.forget()  # what follows is an error, but nothing was interrupted
+    if merger.scattered:
+        warnings.warn(
+            f"{merger.scattered} pieces of the label image have the number of another nucleus that lies apart from them and are "
+            "left out; give each nucleus a number of its own, as skimage.measure.label does",
+            HespotexWarning,
+            stacklevel=4,
+        )
     if cut:
         warnings.warn(
             f"{cut} nuclei reach further than {halo_px} px ({halo_px * grid.mpp:.0f} µm) from their block and were cut; "
@@ -167,7 +176,7 @@ def _results(
     kept: KeptRuns | None,
     *,
     progress_bar: bool | None,
-) -> Iterator[Found]:
+) -> Generator[Found]:
     """Regions of each run, in order: those kept, and those computed now."""
     from tqdm.auto import tqdm
 
@@ -180,7 +189,7 @@ def _results(
         computed = iter_tasks(_segment_run, missing, shared=shared, client=client)
     show = settings.progress_bar if progress_bar is None else progress_bar
     total = sum(map(len, runs))
-    with tqdm(total=total, unit="block", desc="nuclei", disable=not show or total < 2) as bar:
+    with closing(computed), tqdm(total=total, unit="block", desc="nuclei", disable=not show or total < 2) as bar:
         for number, run in enumerate(runs):
             part = kept.load(number) if kept is not None and held[number] else None
             if part is None and held[number]:  # somebody deleted it since
@@ -195,12 +204,12 @@ def _results(
 
 def _computed_here(
     slide: Slide, runs: list[np.ndarray], reading: dict[str, float], measuring: dict[str, Any], n_jobs: int
-) -> Iterator[Found]:
+) -> Generator[Found]:
     """Regions of runs, computed in threads that one reader feeds."""
     blocks = _read(slide, list(_streams(runs)), reading)
-    results = iter_tasks(_segment_block, blocks, shared=measuring, n_jobs=n_jobs)
-    for run in runs:
-        yield Found.join([next(results) for _ in run])
+    with closing(iter_tasks(_segment_block, blocks, shared=measuring, n_jobs=n_jobs)) as results:
+        for run in runs:
+            yield Found.join([next(results) for _ in run])
 
 
 def _streams(runs: list[np.ndarray]) -> Iterator[np.ndarray]:

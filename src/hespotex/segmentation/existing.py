@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,7 +124,7 @@ def iter_given(
     block_px: int = BLOCK_PX,
     n_jobs: int | None = None,
     progress_bar: bool | None = None,
-) -> Iterator[Nuclei]:
+) -> Generator[Nuclei]:
     """Measure outlines on the image, and yield them along rows of pixels.
 
     Shape numbers are those of the outline; haematoxylin is that of the pixels whose middle lies inside, read in blocks
