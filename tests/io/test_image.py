@@ -303,6 +303,17 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str) -> None:
         hx.io.read_image(path, mpp=1.0)
 
 
+@pytest.mark.parametrize("place", [18, 22, 24, 25, 30])  # width, height, depth, colour, checksum
+def test_a_png_with_a_damaged_header_is_called_damaged(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(20, 20)).save(path)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 49
+    path.write_bytes(content)
+    with pytest.raises(ImageFormatError, match=r"'a\.png' is a damaged PNG"):
+        hx.io.read_image(path, mpp=1.0)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"hello")
     with pytest.raises(ImageFormatError, match="neither"):

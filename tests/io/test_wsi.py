@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hespotex.errors import DataValueError, HespotexWarning, ImageFormatError, M
 from hespotex.image.files import open_picture
 from hespotex.image.files._cache import halve
 from hespotex.image.files._slices import span
+from hespotex.io._open import open_slide
 
 from .slides import blocks, plain_pyramid, slide_writer, write_scn
 
@@ -81,7 +83,7 @@ def test_written_slides_open_in_every_library_with_the_same_pixels(written: dict
             assert float(opened.properties[f"{library}.mpp-x"]) == pytest.approx(0.25)
             pixels = np.asarray(opened.read_region((0, 0), 0, opened.dimensions))[..., :3]
             assert np.array_equal(pixels, stored[0]), library
-    assert [level.downsample for level in resolve_slide(sdata).levels] == [1, 2, 4]
+    assert [level.downsample for level in resolve_slide(sdata).levels] == [1, 2, 4, 8]
 
 
 def test_written_slides_are_tissue_on_glass(written: dict[str, Path], slides: Any, tmp_path: Path) -> None:
@@ -122,6 +124,101 @@ def test_ome_tiff_with_a_page_per_channel(tmp_path: Path) -> None:
     assert np.array_equal(rgb(levels_of(hx.io.read_wsi(path, mpp=1.0))[0]), pixels)
 
 
+@pytest.mark.parametrize("photometric", ["ycbcr", "cielab", "separated", "miniswhite"])
+@pytest.mark.parametrize("options", [{"tile": (64, 64)}, {"rowsperstrip": 50, "compression": "lzw"}])
+def test_colours_other_than_rgb_are_refused(tmp_path: Path, photometric: str, options: dict[str, Any]) -> None:
+    path = tmp_path / "slide.tif"
+    channels = 4 if photometric == "separated" else 3
+    pixels = np.full((100, 120, channels), 255, np.uint8)
+    tifffile.imwrite(path, pixels, photometric=photometric, planarconfig="contig", metadata=None, **options)
+    with pytest.raises(ImageFormatError, match=rf"holds colours as {photometric.upper()} .*convert\('RGB'\)"):
+        open_picture(path)
+
+
+def test_ycbcr_is_read_where_the_decoder_turns_it_into_rgb(tmp_path: Path) -> None:
+    pixels = np.kron(blocks(8, 8), np.ones((32, 32, 1), np.uint8))
+    path = tmp_path / "slide.tif"
+    options = {"photometric": "rgb", "compression": "jpeg", "metadata": None}
+    tifffile.imwrite(path, pixels, tile=(64, 64), **options)
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages.first.photometric == tifffile.PHOTOMETRIC.YCBCR
+    with openslide.OpenSlide(path) as slide:
+        expected = np.asarray(slide.read_region((0, 0), 0, slide.dimensions))[..., :3]
+    assert np.array_equal(rgb(open_picture(path).levels[0]), expected)
+    tifffile.imwrite(tmp_path / "strips.tif", pixels, rowsperstrip=64, **options)
+    assert np.array_equal(rgb(open_picture(tmp_path / "strips.tif").levels[0]), expected)
+    planes = np.moveaxis(pixels, -1, 0)
+    tifffile.imwrite(path, planes, photometric="ycbcr", planarconfig="separate", tile=(64, 64), compression="jpeg")
+    with pytest.raises(ImageFormatError, match="YCBCR"):
+        open_picture(path)
+    tifffile.imwrite(path, pixels, photometric="ycbcr", tile=(64, 64), compression="jpeg2000", metadata=None)
+    with pytest.raises(ImageFormatError, match="YCBCR .compression JPEG2000"):
+        open_picture(path)
+
+
+def test_the_slide_is_the_largest_image_and_has_its_own_scale(tmp_path: Path) -> None:
+    thumbnail, pixels = blocks(60, 80), blocks(600, 900, seed=1)
+    path = tmp_path / "slide.tif"
+    for strips in ({"tile": (256, 256)}, {"rowsperstrip": 64}):
+        with tifffile.TiffWriter(path) as tiff:
+            common = {"photometric": "rgb", "resolutionunit": "CENTIMETER"}
+            tiff.write(thumbnail, resolution=(2500, 2500), **common)
+            tiff.write(pixels, resolution=(20_000, 20_000), **strips, **common)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HespotexWarning)
+            sdata = hx.io.read_wsi(path)
+        assert mpp_of(sdata) == pytest.approx(0.5)
+        assert np.array_equal(rgb(levels_of(sdata)[0]), pixels)
+    level = pickle.loads(pickle.dumps(open_picture(path).levels[0]))
+    assert np.array_equal(rgb(level.compute()), pixels)
+
+
+@pytest.mark.parametrize("macro_px", [300, 1200])  # a macro image may be larger than a small scan
+def test_ome_tiff_whose_macro_image_comes_first(tmp_path: Path, macro_px: int) -> None:
+    pixels = blocks(600, 900)
+    path = tmp_path / "slide.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for name, image, mpp in (("macro image", blocks(macro_px, macro_px), 8.0), ("Macrophages", pixels, 0.3)):
+            metadata = {"axes": "YXS", "Name": name, "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            levels = {"subifds": 1} if image is pixels else {}
+            tiff.write(image, photometric="rgb", tile=(128, 128), metadata=metadata, **levels)
+        tiff.write(pixels[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HespotexWarning)
+        sdata = hx.io.read_wsi(path)
+    assert mpp_of(sdata) == pytest.approx(0.3)
+    assert all(np.array_equal(rgb(level), pixels[::f, ::f]) for level, f in zip(levels_of(sdata), (1, 2), strict=True))
+
+
+def test_several_sections_in_a_file_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "sections.tif"
+    sections = [blocks(600, 900), blocks(700, 900, seed=1), blocks(300, 300, seed=2)]
+    with tifffile.TiffWriter(path) as tiff:
+        for section in sections:
+            tiff.write(section, photometric="rgb", tile=(256, 256))
+    with pytest.warns(
+        HespotexWarning, match="series 1 of 900 x 700 px is read, and not series 0 of 900 x 600 px"
+    ) as told:
+        sdata = hx.io.read_wsi(path, mpp=1.0)
+    assert [warning.filename for warning in told] == [__file__]
+    assert np.array_equal(rgb(levels_of(sdata)[0]), sections[1])
+    other = tmp_path / "other.tif"  # as the warning says
+    tifffile.imwrite(other, tifffile.imread(path, series=0), photometric="rgb", tile=(512, 512))
+    assert np.array_equal(rgb(open_picture(other).levels[0]), sections[0])
+
+
+def test_sections_of_one_size_are_a_stack_and_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sections.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(blocks(60, 60), photometric="rgb", metadata=None)
+        for seed in range(2):
+            tiff.write(blocks(600, 900, seed=seed), photometric="rgb", tile=(256, 256), metadata=None)
+    with pytest.raises(
+        ImageFormatError, match=r"axes 'IYXS' of shape \(2, 600, 900, 3\).*Take one of its images.*key=1\)"
+    ):
+        open_picture(path)
+
+
 def test_leica_slide_through_openslide(tmp_path: Path) -> None:
     pixels = blocks(1100, 1400)
     path = tmp_path / "slide.scn"
@@ -135,7 +232,30 @@ def test_leica_slide_through_openslide(tmp_path: Path) -> None:
     whole[192 : 192 + 1100, 320 : 320 + 1400] = pixels
     assert np.array_equal(rgb(finest), whole)
     assert np.array_equal(rgb(coarse)[96:646, 160:860], pixels[::2, ::2])
-    assert [level.downsample for level in resolve_slide(sdata).levels] == [1, 2]
+    assert [level.downsample for level in resolve_slide(sdata).levels] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("factors", [(1,), (1, 4), (1, 4, 16), (1, 3, 9)])
+def test_features_do_not_depend_on_the_levels_that_a_scanner_stores(tmp_path: Path, factors: tuple[int, ...]) -> None:
+    pixels = blocks(1152, 1440)
+
+    def features(stored: tuple[int, ...]) -> np.ndarray:
+        path = tmp_path / f"{len(stored)}-{stored[-1]}.tif"
+        with tifffile.TiffWriter(path) as file:
+            for factor in stored:
+                squares = pixels.reshape(1152 // factor, factor, 1440 // factor, factor, 3)
+                level = np.floor(squares.mean((1, 3)) + 0.5).astype(np.uint8)
+                file.write(level, tile=(256, 256), photometric="rgb", subfiletype=int(factor > 1), metadata=None)
+        slide = resolve_slide(hx.io.read_wsi(path, mpp=0.5))
+        centres = np.array([[400.0, 400], [1000, 700]])
+        encoder = hx.encoders.create("morphology", tile_um=100)
+        found = np.empty((2, encoder.n_features), np.float32)
+        for rows, values in encoder.embed(slide, centres, batch_size=8, device="cpu", progress_bar=False):
+            found[rows] = values
+        return found
+
+    # a level of fours that was averaged at once, and not by halves, is rounded once and not twice
+    np.testing.assert_allclose(features(factors), features((1, 2, 4)), atol=0 if 4 not in factors else 1e-3)
 
 
 class _OpenSlideStub:
@@ -562,6 +682,10 @@ def test_files_that_are_no_slide(tmp_path: Path) -> None:
     (tmp_path / "store.zarr" / "zarr.json").write_text("{}")
     with pytest.raises(DataValueError, match=r"spatialdata\.read_zarr"):
         hx.io.read_wsi(tmp_path / "store.zarr")
+    (tmp_path / "folder.tif").mkdir()
+    for name in ("folder.tif", "."):
+        with pytest.raises(DataValueError, match="is a plain folder; give the slide's file in it"):
+            open_slide(tmp_path / name)
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,7 +713,7 @@ def test_a_truncated_slide_is_refused_when_it_is_opened(tmp_path: Path, written:
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-@pytest.mark.parametrize("damage", ["zeros", "noise", "half"])
+@pytest.mark.parametrize("damage", ["zeros", "noise", "half", "hole"])
 def test_a_damaged_tile_is_named_when_it_is_decoded(
     tmp_path: Path, written: dict[str, Path], level: int, damage: str
 ) -> None:
@@ -600,9 +724,11 @@ def test_a_damaged_tile_is_named_when_it_is_decoded(
         across = -(-page.imagewidth // 256)
         row, column = page.imagelength // 256 // 2, across - 1
         offset, length = page.dataoffsets[row * across + column], page.databytecounts[row * across + column]
+    start, stop = {"half": (length // 2, length), "hole": (length // 3, length // 3 + 2000)}.get(damage, (0, length))
+    assert stop <= length - (damage == "hole") * 2
     with path.open("r+b") as file:
-        file.seek(offset if damage != "half" else offset + length // 2)
-        size = length if damage != "half" else length - length // 2
+        file.seek(offset + start)
+        size = stop - start
         file.write(np.random.default_rng(0).bytes(size) if damage == "noise" else bytes(size))
     sdata = hx.io.read_wsi(path)  # opens: nothing is decoded yet
     place = rf"'slide\.tif' is damaged: the tile at x={column * 256}, y={row * 256} of level {level} cannot be decoded"
@@ -612,6 +738,18 @@ def test_a_damaged_tile_is_named_when_it_is_decoded(
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # workers send it home
     if level < 2:
         assert image.data[:, :200, :200].compute().shape == (3, 200, 200)  # the rest can be read
+
+
+@pytest.mark.parametrize("side", [16, 64, 256])
+def test_glass_of_one_colour_is_not_taken_for_damage(tmp_path: Path, side: int) -> None:
+    """With tables of its own, such a tile is coded as little but zeros."""
+    pixels = np.full((256, 256, 3), 241, np.uint8)
+    path = tmp_path / "slide.tif"
+    options = {"compression": "jpeg", "compressionargs": {"optimize": True}, "subsampling": (1, 1), "metadata": None}
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(side, side), **options)
+    if side == 256:
+        assert bytes(760) in path.read_bytes()
+    assert np.abs(rgb(open_picture(path).levels[0]).astype(int) - 241).max() <= 2
 
 
 def test_damage_met_while_streaming_leaves_the_object_as_it_was(tmp_path: Path, written: dict[str, Path]) -> None:

@@ -68,7 +68,7 @@ def test_its_slide_is_that_of_read_wsi(slide_file: Path, reader: str, attach: bo
     before = stored(wsi)
     slide, expected = resolve_slide(wsi), resolve_slide(hx.io.read_wsi(slide_file))
     assert (slide.key, slide.mpp, slide.shape) == ("wsi", expected.mpp, expected.shape)
-    assert [level.downsample for level in slide.levels] == [1, 2]
+    assert [level.downsample for level in slide.levels] == [1, 2, 4, 8]
     assert all(np.array_equal(own, other) for own, other in zip(pixels_of(slide), pixels_of(expected), strict=True))
     assert stored(wsi) == before
     wsi.close()
@@ -230,7 +230,7 @@ def test_slides_of_other_readers_are_read_through_them(tmp_path: Path) -> None:
     wsi = wsidata.WSIData(reader=Other(tmp_path / "slide.tif"))
     slide = resolve_slide(wsi)
     assert slide.mpp == 0.5
-    for level, factor in zip(slide.levels, (1, 2), strict=True):
+    for level, factor in zip(slide.levels[:2], (1, 2), strict=True):
         assert np.array_equal(np.moveaxis(np.asarray(level.array), 0, -1), pixels[::factor, ::factor])
     assert any(isinstance(value, RegionLevel) for value in slide.levels[0].array.dask.values())
 

@@ -87,15 +87,19 @@ def open_slide(path: str | Path, mpp: float | None = None) -> SpatialData:
         from ._wsi import read_wsi
 
         return read_wsi(path, mpp=mpp)
+    remedy = "a store that SpatialData.write made"
+    if not is_store(path):
+        raise DataValueError(
+            f"{path} cannot be read as a SpatialData store: it is a plain folder; give the slide's file in it, or {remedy}"
+        )
     import spatialdata
 
-    remedy = "give a store that SpatialData.write made"
     try:
         sdata = spatialdata.read_zarr(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataValueError(f"{path} cannot be read as a SpatialData store ({error}); {remedy}") from error
+        raise DataValueError(f"{path} cannot be read as a SpatialData store ({error}); give {remedy}") from error
     if not list(sdata.gen_elements()):
-        raise DataValueError(f"{path} holds no image, shapes or table of SpatialData; {remedy}")
+        raise DataValueError(f"{path} holds no image, shapes or table of SpatialData; give {remedy}")
     if _is_lazyslide(path) and not sdata.images:
         raise DataValueError(_SLIDE_GONE.format(store=path, stem=path.stem))
     return sdata

@@ -35,7 +35,8 @@ def read_wsi(
     Parameters
     ----------
     path
-        The slide's file, 8-bit RGB. An opaque alpha channel is dropped. What a slide leaves out is white.
+        The slide's file, 8-bit RGB. An opaque alpha channel is dropped. What a slide leaves out is white. Of a TIFF with
+        several images the largest is read, wherever it stands.
     mpp
         µm per pixel. By default what the file states (OME metadata, the scanner's description, resolution tags of a TIFF);
         the dpi of a JPEG or PNG is no physical scale and is not read.
@@ -55,8 +56,8 @@ def read_wsi(
         If there is no such file, or it may not be read.
     ImageFormatError
         If the image is not 8-bit RGB, is empty, truncated or damaged, or of another format. Damage inside a tile shows
-        when it is decoded: the same error is raised then, with the place. JPEG has no checksum, though: single flipped
-        bits may show as wrong colours only.
+        when it is decoded: the same error is raised then, with the place. JPEG has no checksum, though: where the damage
+        leaves a stream that can be decoded (flipped bits, bytes that were overwritten), it may show as wrong colours only.
     ScaleError
         If `mpp` is not given and the file does not state it, or not the same for x and y.
     MissingDependencyError
@@ -65,7 +66,7 @@ def read_wsi(
     Warns
     -----
     HespotexWarning
-        If `mpp` is not what the file states.
+        If `mpp` is not what the file states, or a TIFF holds several images of comparable size, of which one is read.
 
     Examples
     --------

@@ -30,7 +30,7 @@ __all__ = ["CHUNK", "cached_pyramid", "cached_reductions", "halve", "memory_pyra
 CHUNK = 1024
 _SMALLEST = 1024  # a level that fits into one chunk ends the pyramid
 _STALE_SECONDS = 86_400
-_LAYOUT = 2  # of the cached levels: raised when they change, so that older ones are not taken for them
+_LAYOUT = 3  # raised when the cached levels, or what is read of a file, change: older ones are not taken for them
 
 
 class Source(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,14 +76,18 @@ def decode_jpeg(path: Path, scratch: Path) -> np.ndarray:
     return pixels
 
 
-def decode_png(path: Path, magic: bytes, scratch: Path) -> np.ndarray:
-    """Pixels (h, w, 3) of a PNG file, of which `magic` are the first 32 bytes."""
+def decode_png(path: Path, scratch: Path) -> np.ndarray:
+    """Pixels (h, w, 3) of a PNG file."""
     import imagecodecs
 
-    if len(magic) < 26:
+    with path.open("rb") as file:
+        header = file.read(33)
+    if len(header) < 33:
         raise ImageFormatError(f"image: {path.name!r} is truncated; copy or download it again")
-    width, height = (int.from_bytes(magic[start : start + 4], "big") for start in (16, 20))
-    depth, colour = magic[24], magic[25]
+    if zlib.crc32(header[12:29]) != int.from_bytes(header[29:], "big"):
+        raise ImageFormatError(f"image: {path.name!r} is a damaged PNG (its header); copy or download it again")
+    width, height = (int.from_bytes(header[start : start + 4], "big") for start in (16, 20))
+    depth, colour = header[24], header[25]
     channels = {2: 3, 6: 4}.get(colour)
     if depth != 8 or channels is None:
         kind = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}.get(colour, "unknown")

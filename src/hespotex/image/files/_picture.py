@@ -99,7 +99,7 @@ def open_picture(image: str | Path | np.ndarray) -> Picture:
     if magic[:3] == b"\xff\xd8\xff":
         return Picture(cached_pyramid(path, lambda scratch: decode_jpeg(path, scratch)), None, path.name)
     if magic[:8] == b"\x89PNG\r\n\x1a\n":
-        return Picture(cached_pyramid(path, lambda scratch: decode_png(path, magic, scratch)), None, path.name)
+        return Picture(cached_pyramid(path, lambda scratch: decode_png(path, scratch)), None, path.name)
     if is_openslide(path):
         return _by_openslide(path, "this slide")
     raise ImageFormatError(

@@ -23,10 +23,10 @@ def sane_mpp(mpp: tuple[float, float] | None) -> tuple[float, float] | None:
     return mpp
 
 
-def stated_mpp(tiff: TiffFile) -> tuple[float, float] | None:
-    """µm per pixel in x and y as the file states it, or None; not judged here."""
-    page = tiff.pages.first
-    found = _ome_mpp(tiff)
+def stated_mpp(tiff: TiffFile, series: int) -> tuple[float, float] | None:
+    """µm per pixel in x and y as the file states it of the image `series`, or None; not judged here."""
+    page = tiff.series[series].keyframe
+    found = _ome_mpp(tiff, series)
     if found is not None:
         return found
     aperio = _aperio(page.description, "MPP")
@@ -46,11 +46,11 @@ def stated_mpp(tiff: TiffFile) -> tuple[float, float] | None:
     return length / per_unit[0], length / per_unit[1]
 
 
-def objective_of(tiff: TiffFile) -> float | None:
+def objective_of(tiff: TiffFile, series: int) -> float | None:
     """Magnification of the objective, as Aperio's description or OME metadata give it."""
-    found = _aperio(tiff.pages.first.description, "AppMag")
+    found = _aperio(tiff.series[series].keyframe.description, "AppMag")
     if found is None:
-        found = number(_ome_attributes(tiff, "Objective").get("NominalMagnification"))
+        found = number(_attributes(_ome(tiff), "Objective").get("NominalMagnification"))
     return found
 
 
@@ -73,8 +73,15 @@ def _ratio(value: Any) -> float:
     return numerator / denominator if denominator else 0.0
 
 
-def _ome_mpp(tiff: TiffFile) -> tuple[float, float] | None:
-    pixels = _ome_attributes(tiff, "Pixels")
+def _ome_mpp(tiff: TiffFile, series: int) -> tuple[float, float] | None:
+    images = [node for node in _ome(tiff) if node.tag.endswith("}Image")]
+    if len(images) == len(tiff.series):
+        images = images[series:]
+    elif len(images) > 1:  # those without pixels are no series
+        images = [image for image in images if image.get("Name") == tiff.series[series].name]
+    if not images:
+        return None
+    pixels = _attributes(images[0], "Pixels")
     sizes = [number(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
     units = [_MICRONS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "XY"]
     if None in sizes or None in units:
@@ -83,12 +90,14 @@ def _ome_mpp(tiff: TiffFile) -> tuple[float, float] | None:
     return x, y
 
 
-def _ome_attributes(tiff: TiffFile, tag: str) -> Mapping[str, str]:
-    """Attributes of the first element `tag` of the file's OME metadata."""
-    if not (tiff.is_ome and tiff.ome_metadata):
-        return {}
+def _ome(tiff: TiffFile) -> ElementTree.Element:
+    """The file's OME metadata; an empty element if there are none."""
     try:
-        root = ElementTree.fromstring(tiff.ome_metadata)
+        return ElementTree.fromstring(tiff.ome_metadata if tiff.is_ome and tiff.ome_metadata else "<none/>")
     except ElementTree.ParseError:
-        return {}
+        return ElementTree.Element("none")
+
+
+def _attributes(root: ElementTree.Element, tag: str) -> Mapping[str, str]:
+    """Attributes of the first element `tag` in `root`."""
     return next((node.attrib for node in root.iter() if node.tag.endswith(f"}}{tag}")), {})

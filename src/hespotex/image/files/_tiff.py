@@ -17,6 +17,7 @@ from ...errors import ImageFormatError
 from ._cache import CHUNK, cached_pyramid, cached_reductions
 from ._decode import decode_tiff
 from ._scale import objective_of, sane_mpp, stated_mpp
+from ._series import JPEG, YCBCR, delivers_rgb, rgb_axes, slide_series
 from ._slices import span
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ __all__ = ["TiffLevel", "chunk_side", "foreign", "lazy_array", "tiff_levels"]
 LARGEST_TILE = 4096
 SINGLE_LEVEL_UP_TO = 2048
 GLASS = 255  # of tiles that a sparse file leaves out
-_JPEG = {6, 7, 33007}
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"  # markers in JPEG streams
+_FEWEST_ZEROS = 64
 
 # TIFFs that tifffile opens, but not as the slide: tiles overlap or have gaps (Ventana, Trestle), the first image is the
 # label or one of several areas (Leica), levels are padded to whole tiles (Philips), a level is one JPEG stream whose
 # restart markers must be found (Hamamatsu), colours are YCbCr and nothing says so (early JPEG 2000 of Aperio).
 _FOREIGN = {"is_ndpi": "Hamamatsu", "is_scn": "Leica", "is_bif": "Ventana", "is_philips": "Philips"}
-_APERIO_YCBCR = 33003
+_APERIO_YCBCR, _APERIO_RGB = 33003, 33005
 
 
 class TiffLevel:
@@ -49,22 +51,23 @@ class TiffLevel:
     ndim = 3
     dtype = np.dtype("uint8")
 
-    def __init__(self, path: Path, level: int, axes: str, shape: tuple[int, int]) -> None:
+    def __init__(self, path: Path, series: int, level: int, axes: str, shape: tuple[int, int]) -> None:
         self.path = path
+        self.series = series
         self.level = level
         self.axes = axes
         self.shape = (3, *shape)
         self._file: _OpenLevel | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "level": self.level, "axes": self.axes, "shape": self.shape}
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _file=None)
 
     def __dask_tokenize__(self) -> Any:
         stat = self.path.stat()
-        return "hespotex-tiff", str(self.path), stat.st_size, stat.st_mtime_ns, self.level
+        return "hespotex-tiff", str(self.path), stat.st_size, stat.st_mtime_ns, self.series, self.level
 
     def __getitem__(self, key: tuple[Any, Any, Any]) -> np.ndarray:
         channels, rows, columns = key
@@ -95,9 +98,8 @@ class TiffLevel:
             return None
         try:
             data = file.read(offset, length)
-            # the decoder fills the rest of a damaged tile with grey and says nothing
-            if page.keyframe.compression in _JPEG and data.rfind(b"\xff\xd9") < 0:
-                raise ValueError("its JPEG stream has no end")
+            if page.keyframe.compression in JPEG:
+                _check_jpeg(data, plane.height * plane.width)
             tile = page.keyframe.decode(data, index, jpegtables=page.jpegtables)[0]
             return np.moveaxis(tile[0], -1, 0)
         except (RuntimeError, ValueError, TypeError, OSError) as error:  # of some thirty decoders
@@ -110,7 +112,7 @@ class TiffLevel:
         if self._file is None:
             try:
                 stat = self.path.stat()
-                self._file = _open_level(self.path, stat.st_size, stat.st_mtime_ns, self.level)
+                self._file = _open_level(self.path, stat.st_size, stat.st_mtime_ns, self.series, self.level)
             except (ValueError, IndexError, OSError) as error:
                 raise ImageFormatError(f"image: {self.path.name!r} cannot be read any more ({error})") from error
         return self._file
@@ -119,12 +121,12 @@ class TiffLevel:
 class _OpenLevel:
     """An open file and the planes of one of its levels; closed when nobody holds it."""
 
-    def __init__(self, path: Path, level: int) -> None:
+    def __init__(self, path: Path, series: int, level: int) -> None:
         import tifffile
 
         tiff = tifffile.TiffFile(path)
         weakref.finalize(self, tiff.close)
-        self.planes = _planes(tiff.series[0].levels[level])
+        self.planes = _planes(tiff.series[series].levels[level])
         self._handle = tiff.filehandle
         self._lock = threading.Lock()
 
@@ -148,9 +150,21 @@ class _OpenLevel:
 
 
 @lru_cache(maxsize=32)
-def _open_level(path: Path, size: int, mtime_ns: int, level: int) -> _OpenLevel:
+def _open_level(path: Path, size: int, mtime_ns: int, series: int, level: int) -> _OpenLevel:
     """As long as a file is the same, its levels are opened once, however often a lazy image is unpickled."""
-    return _OpenLevel(path, level)
+    return _OpenLevel(path, series, level)
+
+
+def _check_jpeg(data: bytes, pixels: int) -> None:
+    """Refuse a tile of JPEG that was cut off or zeroed: the decoder says nothing and makes up the rest.
+
+    Zeros that are meant belong to glass of one colour, at no less than two bits for each 8 x 8 block of three channels.
+    """
+    end = data.rfind(_END)
+    if end < 0:
+        raise ValueError("its JPEG stream has no end")
+    if data.find(bytes(max(_FEWEST_ZEROS, 3 * pixels // 256 + 1)), data.find(_SCAN), end) >= 0:
+        raise ValueError("its JPEG stream was overwritten with zeros")
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +223,8 @@ def foreign(tiff: TiffFile, name: str) -> str | None:
     page = tiff.pages.first
     if str(page.tags.valueof("Software", "")).startswith("MedScan"):
         return "Trestle"
-    return "Aperio (JPEG 2000 in YCbCr)" if page.compression == _APERIO_YCBCR else None
+    in_ycbcr = page.compression == _APERIO_YCBCR or (page.compression == _APERIO_RGB and page.photometric == YCBCR)
+    return "Aperio (JPEG 2000 in YCbCr)" if in_ycbcr else None
 
 
 def tiff_levels(path: Path, tiff: TiffFile) -> tuple[list[da.Array], tuple[float, float] | None, float | None]:
@@ -221,11 +236,10 @@ def tiff_levels(path: Path, tiff: TiffFile) -> tuple[list[da.Array], tuple[float
         If it is not 8-bit RGB, or truncated.
     """
     try:
-        series = tiff.series[0] if tiff.series else None
-        if series is None or series.size == 0:
-            raise ImageFormatError(f"image: {path.name!r} holds no image")
-        axes = _check_kind(series, path.name)
-        stated, objective = sane_mpp(stated_mpp(tiff)), objective_of(tiff)
+        number = slide_series(tiff, path.name)
+        series = tiff.series[number]
+        axes = rgb_axes(series, path.name)
+        stated, objective = sane_mpp(stated_mpp(tiff, number)), objective_of(tiff, number)
         planes = [plane for level in series.levels for plane in _planes(level)]
         # a truncated file still opens; the missing tiles would be met much later
         ends = max(int(plane.ends().max(initial=0)) for plane in planes)
@@ -242,42 +256,28 @@ def tiff_levels(path: Path, tiff: TiffFile) -> tuple[list[da.Array], tuple[float
     page = series.keyframe
     samples = series.shape[series.axes.index(axes.strip("YX"))]
     if page.is_tiled and max(page.tilelength, page.tilewidth) <= LARGEST_TILE and samples == 3:
-        return _lazy_levels(path, series, axes), stated, objective
+        return _lazy_levels(path, number, series, axes), stated, objective
     return cached_pyramid(path, lambda scratch: decode_tiff(series, axes, path.name, scratch)), stated, objective
 
 
-def _check_kind(series: TiffPageSeries, name: str) -> str:
-    """Axes of an 8-bit RGB(A) series: "YXS", "SYX" or "CYX"."""
-    axes = series.axes
-    if axes not in ("YXS", "SYX", "CYX") or series.shape["".join(axes).index(axes.strip("YX"))] not in (3, 4):
-        raise ImageFormatError(
-            f"image: {name!r} has axes {axes!r} of shape {series.shape}; 8-bit RGB is needed. Convert it with "
-            "tifffile.imwrite(new_path, rgb, photometric='rgb', tile=(512, 512), compression='jpeg')"
-        )
-    if series.dtype != np.uint8:
-        raise ImageFormatError(
-            f"image: {name!r} holds {series.dtype}; 8-bit RGB is needed. Convert it, e.g. "
-            "skimage.util.img_as_ubyte(skimage.exposure.rescale_intensity(image))"
-        )
-    return axes
-
-
-def _lazy_levels(path: Path, series: TiffPageSeries, axes: str) -> list[da.Array]:
+def _lazy_levels(path: Path, number: int, series: TiffPageSeries, axes: str) -> list[da.Array]:
     """The levels of the file that lie on the finest and show what it shows; others in their place if there are none."""
     lazy: list[da.Array] = []
     finest = series.levels[0]
-    for number, level in enumerate(series.levels):
+    for step, level in enumerate(series.levels):
         if level.axes != axes or level.dtype != np.uint8 or level.shape[axes.index(axes.strip("YX"))] != 3:
+            continue
+        if not delivers_rgb(level):
             continue
         planes, size = _planes(level), _size(level, axes)
         if max(planes[0].height, planes[0].width) > LARGEST_TILE:
             continue
-        if number and not (level_factor(_size(finest, axes), size) and _as_full(_planes(finest), planes, finest, axes)):
+        if step and not (level_factor(_size(finest, axes), size) and _as_full(_planes(finest), planes, finest, axes)):
             continue
         chunks = chunk_side(planes[0].height), chunk_side(planes[0].width)
-        lazy.append(lazy_array(TiffLevel(path, number, axes, size), chunks))
+        lazy.append(lazy_array(TiffLevel(path, number, step, axes, size), chunks))
     if len(lazy) == 1 and max(lazy[0].shape[-2:]) > SINGLE_LEVEL_UP_TO:
-        lazy += cached_reductions(path, TiffLevel(path, 0, axes, _size(finest, axes)))
+        lazy += cached_reductions(path, TiffLevel(path, number, 0, axes, _size(finest, axes)))
     return lazy
 
 
