@@ -74,6 +74,15 @@ def test_train_predict_evaluate_from_store_to_store(stores, model, tmp_path):
     assert {"null_shuffle:ridge", "null_random_gene:ridge"} < set(printed)
     assert "ceiling" in result.stdout
     assert hx.get.prediction(spatialdata.read_zarr(out), "ridge").n_vars == 20
+    slide = tmp_path / "slide.tif"
+    slide.write_bytes(b"pixels")
+    for taken, words in ((table, "add --overwrite to replace it"), (slide, "name a file that ends in .csv")):
+        content = taken.read_bytes()
+        refused = runner.invoke(cli.app, ["evaluate", str(out), "--out", str(taken)])
+        assert refused.exit_code == 1
+        assert words in str(refused.exception)
+        assert taken.read_bytes() == content
+    assert runner.invoke(cli.app, ["evaluate", str(out), "--out", str(table), "--overwrite"]).exit_code == 0
     assert sorted(path.name for path in (stores[1] / "tables" / "table" / "obsm").iterdir()) == before
 
 
@@ -165,7 +174,7 @@ def test_seed_of_the_settings_holds_where_none_is_given(stores, tmp_path):
         (["train", "{there}/biopsy.png", "-o", "{new}"], "training needs SpatialData stores"),
         (["train", "{there}", "-o", "{new}"], "cannot be read as a SpatialData store"),
         (["evaluate", "{there}"], "cannot be read as a SpatialData store"),
-        (["evaluate", "{store}", "--out", "{there}"], "is a folder; name a CSV file"),
+        (["evaluate", "{store}", "--out", "{there}"], "name a file that ends in .csv"),
         (["train", "{store}", "-o", "{new}", "--model", "rigde"], "did you mean 'ridge'"),
     ],
 )
@@ -280,4 +289,5 @@ def test_arguments_become_options_and_calls_stay_python():
 
     name_options(["mpp", "out"])
     text = "pass mpp=0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"
+    assert in_options("mpp=-1 must be") == "--mpp -1 must be"
     assert in_options(text) == "pass --mpp 0.5, or set it with hx.pp.set_scale(sdata, mpp=...)"

@@ -49,7 +49,12 @@ def test_networks_warn_when_the_slide_is_clearly_enlarged(at, kind):
     with pytest.warns(HespotexWarning) as caught:
         check_resolution(kind(mpp=0.5), at(0.9504))
     (warning,) = caught
-    for number in ("0.95 µm/px", "1.9-fold", "works at 0.5 µm/px (a tile of 14 µm)", "mpp=0.951 (a tile of 26.61 µm)"):
+    for number in (
+        "0.95 µm/px",
+        "1.9-fold",
+        "works at 0.5 µm/px (a tile of 14 µm)",
+        "mpp=0.951), with a tile of 26.61 µm",
+    ):
         assert number in str(warning.message)
     with warnings.catch_warnings(action="error"):
         check_resolution(kind(mpp=0.5), at(0.649))

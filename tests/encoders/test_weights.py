@@ -112,3 +112,9 @@ def test_names_that_are_alike_as_files_are_told_apart(tmp_path):
             remember_as(name, file)
         assert known_as("timm:hf-hub:a/b_c").name == "0.bin"
         assert known_as("timm:hf-hub:a_b/c").name == "1.bin"
+
+
+def test_what_is_no_checkpoint_is_named_in_a_line(tmp_path):
+    (tmp_path / "slide.tif").write_bytes(b"II*\0" + bytes(300))
+    with pytest.raises(CheckpointError, match=r"'slide.tif' are damaged or hold .*: Unsupported operand 73$"):
+        read_state_dict(tmp_path / "slide.tif")

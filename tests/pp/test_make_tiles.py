@@ -155,3 +155,9 @@ def test_arguments(slide_with_tissue):
         hx.pp.make_tiles(sdata, shapes_key="nope")
     with pytest.raises(GeometryError, match="no tile"):
         hx.pp.make_tiles(sdata, pitch_um=50_000)
+
+
+def test_a_lattice_too_fine_for_memory_is_refused(slide_with_tissue):
+    sdata = slide_with_tissue()
+    with pytest.raises(DataValueError, match=r"pitch_um=0\.001: a lattice over the slide would have .* places"):
+        hx.pp.make_tiles(sdata, pitch_um=0.001)

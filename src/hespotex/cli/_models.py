@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .._files import check_writable
+from .._files import check_writable, replacing
 from ..errors import DataValueError
 from ._app import Encoder, Log, Overwrite, Quiet, Seed, Weights, app
 from ._files import MODEL_MARKS, check_output
@@ -97,6 +97,7 @@ def evaluate(
     *,
     key: Annotated[str | None, typer.Option(help="Key of the prediction; the only one by default.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV to write the scores of all genes to.")] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     log: Log = None,
 ) -> None:
@@ -107,15 +108,18 @@ def evaluate(
 
     with reported("evaluate", log, quiet=quiet) as report:
         if out is not None:
-            if out.is_dir():
-                raise DataValueError(f"--out {out} is a folder; name a CSV file")
+            if out.suffix != ".csv" or out.is_dir():
+                raise DataValueError(f"--out {out}: scores are written as CSV; name a file that ends in .csv")
+            if out.exists() and not overwrite:
+                raise DataValueError(f"--out {out} exists; add --overwrite to replace it")
             check_writable(out, f"--out {out}")
             out.parent.mkdir(parents=True, exist_ok=True)
         with report.step(f"Scoring {slide.name}", "evaluate", slide=str(slide)):
             scores = tl.evaluate(open_slide(slide), key, copy=True)
         assert scores is not None  # copy=True
         if out is not None:
-            scores.to_csv(out, index=False)
+            with replacing(out) as part:
+                scores.to_csv(part, index=False)
         report.result(summarise(scores).round(3).to_string())
 
 

@@ -51,7 +51,7 @@ def in_options(text: str) -> str:
         text = text.replace(call, f"\0{number}\0")
     for name in sorted(_options):
         option = "--" + name.replace("_", "-")
-        text = re.sub(rf"\b{name}=(?=['\"\w])", f"{option} ", text)  # with a value
+        text = re.sub(rf"\b{name}=(?=['\"\w.-])", f"{option} ", text)  # with a value
         text = re.sub(rf"\b{name}=", option, text)
     for number, call in enumerate(calls):
         text = text.replace(f"\0{number}\0", call)

@@ -101,7 +101,7 @@ class Slide:
             raise ScaleError(
                 f"image {self.key!r} has {self.mpp:.3g} µm/px; reading it at {mpp:.3g} µm/px would enlarge it "
                 f"{self.mpp / mpp:.1f}-fold, and more than {MAX_UPSAMPLING:g}-fold invents detail. "
-                f"Use mpp={self.mpp / MAX_UPSAMPLING:.3g} or coarser, or the full-resolution image"
+                f"Use the full-resolution image, or work at {self.mpp / MAX_UPSAMPLING:.3g} µm/px or coarser"
             )
         fine_enough = [level for level in self.levels if self.mpp * level.downsample <= mpp * LEVEL_SLACK]
         return max(fine_enough, key=lambda level: level.downsample, default=self.levels[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -123,12 +124,13 @@ def create(name: str, **params: Any) -> Encoder:
     architecture = name.partition(":")[2]
     if architecture:
         params = {kind.info.argument: architecture, **params}
-    try:
-        return kind(**params)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise DataTypeError(f"encoder {name!r}: {error}") from error
-        raise
+    known = inspect.signature(kind).parameters
+    if unknown := [option for option in params if option not in known]:
+        raise DataTypeError(
+            f"encoder {name!r} has no option {', '.join(f'{option}=' for option in unknown)}; it has "
+            f"{', '.join(f'{option}=' for option in known if option != kind.info.argument)}"
+        )
+    return kind(**params)
 
 
 def _own(encoder: TileEncoder, params: dict[str, Any]) -> Encoder:

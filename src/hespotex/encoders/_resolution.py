@@ -38,7 +38,8 @@ def check_resolution(encoder: Encoder, slide: Slide) -> None:
     if trained and not min(trained) / FAR <= encoder.mpp <= max(trained) * FAR:
         warnings.warn(
             f"encoder {encoder.name!r} works at {encoder.mpp:.3g} µm/px (a tile of {encoder.tile_um:.4g} µm), but was "
-            f"trained at {_text(trained)} µm/px: its features may mean little. Give mpp= or tile_um= nearer to that",
+            f"trained at {_text(trained)} µm/px: its features may mean little. Take a resolution nearer to that: "
+            f"hx.pp.embed(sdata, {encoder.name!r}, mpp={trained[0]:g})",
             HespotexWarning,
             stacklevel=2,
         )
@@ -47,7 +48,8 @@ def check_resolution(encoder: Encoder, slide: Slide) -> None:
         warnings.warn(
             f"image {slide.key!r} has {slide.mpp:.3g} µm/px and is enlarged {factor:.1f}-fold for encoder {encoder.name!r}, "
             f"which works at {encoder.mpp:.3g} µm/px (a tile of {encoder.tile_um:.4g} µm): detail that it knows is missing. "
-            f"Use the full-resolution image, or mpp={_rounded_up(slide.mpp)} (a tile of {factor * encoder.tile_um:.4g} µm)",
+            f"Use the full-resolution image, or hx.pp.embed(sdata, {encoder.name!r}, mpp={_rounded_up(slide.mpp)}), with a tile "
+            f"of {factor * encoder.tile_um:.4g} µm",
             HespotexWarning,
             stacklevel=2,
         )

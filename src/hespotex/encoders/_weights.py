@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import os
 import struct
 import zipfile
@@ -122,12 +123,18 @@ def _read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except UnpicklingError as error:
         raise CheckpointError(
-            f"weights {path.name!r} are damaged or hold more than tensors, and hespotex runs no code of a file: {error}"
+            f"weights {path.name!r} are damaged or hold more than tensors, and hespotex runs no code of a file: {_core(error)}"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
         raise CheckpointError(f"weights {path.name!r} cannot be read: {error}") from error
     except _STACK_MACHINE as error:
         raise CheckpointError(f"weights {path.name!r} are damaged: {type(error).__name__}: {error}") from error
+
+
+def _core(error: Exception) -> str:
+    """What torch found, without its advice to trust the file or to report it."""
+    found = re.search(r"^.*(?:\bGLOBAL\b|Unsupported|unsupported).*$", str(error), re.MULTILINE)
+    return found[0].strip().rstrip(".") if found else type(error).__name__
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, *, assign: bool = False) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_holds_a_tile", "make_tiles"]
 
+_MOST_PLACES = 1e8  # of which each takes some tens of bytes; 2 µm apart on a slide of 20 x 20 mm
+
 
 def make_tiles(
     sdata: SpatialData,
@@ -96,6 +98,11 @@ def make_tiles(
             ),
         )
     check_holds_a_tile(slide, diameter_um)
+    places = np.prod(np.array(slide.shape, dtype=float) * slide.mpp / pitch_um)
+    if places > _MOST_PLACES:
+        raise DataValueError(
+            f"pitch_um={pitch_um!r}: a lattice over the slide would have {places:.2g} places; raise pitch_um (it is in µm)"
+        )
     tissue = tissue_outline(sdata, slide, shapes_key)
     centres, _ = lay_lattice(slide.shape, pitch_um / slide.mpp, lattice)
     centres = centres[_inside(tissue, centres)]
