@@ -229,7 +229,9 @@ def _(bench: Bench) -> list[Call]:
     return bench.reads_image()
 
 
-@refused("upsampling beyond twofold", ScaleError, ValueError, "0.5 µm/px", "5.0-fold", "2-fold", "0.25 µm/px or coarser")
+@refused(
+    "upsampling beyond twofold", ScaleError, ValueError, "0.5 µm/px", "5.0-fold", "2-fold", "0.25 µm/px or coarser"
+)
 def _(bench: Bench) -> list[Call]:
     return [
         lambda: hx.pp.embed(bench.sdata, mpp=0.1, key_added="X_fine"),

@@ -143,6 +143,33 @@ def test_what_does_not_go_together_is_refused(arguments, message, slide, model, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_option_replaces_or_changes_what_is_no_result(slide, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy2(slide, tmp_path / "a.tif")
+    (tmp_path / "a.h5ad").write_text("precious")
+    command = ["predict", "a.tif", "-m", str(model), "--format", "h5ad", "-o"]
+    result = runner.invoke(cli.app, [*command, ".", "--overwrite"])
+    assert result.exit_code == 3
+    assert "nothing but results is replaced: move it away" in result.stderr
+    assert (tmp_path / "a.h5ad").read_text() == "precious"
+    refused = {"a.tif": ["out", "--log", "a.tif"], "take out=": ["res.h5ad"]}
+    for message, more in refused.items():
+        result = runner.invoke(cli.app, [*command, *more])
+        assert isinstance(result.exception, hx.errors.DataValueError)
+        assert message in str(result.exception)
+    assert (tmp_path / "a.tif").read_bytes() == slide.read_bytes()
+    assert not {"out", "res", "res.h5ad"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["embed", "segment"])
+def test_no_command_logs_into_a_slide(command, slide, tmp_path):
+    shutil.copy2(slide, tmp_path / "a.tif")
+    arguments = [command, str(tmp_path / "a.tif"), "-o", str(tmp_path / "out.zarr"), "--log", str(tmp_path / "a.tif")]
+    result = runner.invoke(cli.app, arguments)
+    assert "holds no such log" in str(result.exception)
+    assert (tmp_path / "a.tif").read_bytes() == slide.read_bytes()
+
+
 def test_a_scheduler_that_does_not_answer_is_said_in_a_line(monkeypatch):
     import distributed
 

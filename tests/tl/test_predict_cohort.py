@@ -550,7 +550,7 @@ def test_a_model_of_one_section_is_refused(slides, tmp_path):
         ("{nothing}", {}, "holds no slide; looked for .bif"),
         (["{slides}/first.tif", "{slides}/../slides/first.tif"], {}, "named more than once"),
         ("{slides}", {"format": "csv"}, "possible: 'zarr', 'h5ad'"),
-        ("{slides}", {"retries": -1}, "must not be negative"),
+        ("{slides}", {"retries": -1}, "must be at least 0"),
         ("{slides}", {"genes": ["NOPE"]}, "does not predict 1 of 1"),
     ],
 )

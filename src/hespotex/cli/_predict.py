@@ -83,6 +83,7 @@ def predict(
         "batch_size": batch_size,
         "device": device,
     }
+    out = out.expanduser()
     if out.suffix == ".zarr":
         if len(slides) > 1:
             raise DataValueError(

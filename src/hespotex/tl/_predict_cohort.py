@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._device import resolve_device
+from .._keys import check_key
 from .._logging import logger
 from .._settings import settings
 from .._tasks import check_client
 from .._version import __version__
 from ..data.lock import locked
-from ..data.provenance import digest
 from ..encoders import create
 from ..errors import DataTypeError, DataValueError, ModelMismatchError, OutputError
 from ..io._open import has_elements
 from ..models import Model
 from ..models._store import identify, recall
 from ._blocks import chosen_genes
+from ._cohort.arguments import check_folder, check_mpp, check_whole
 from ._cohort.events import Event, listener
 from ._cohort.manifest import Manifest, Row
-from ._cohort.one import Format, Job, Outcome, failure, written_identity, written_sizes
+from ._cohort.one import RUNNING, Format, Job, Outcome, failure
+from ._cohort.outputs import check_outside, name_outputs
 from ._cohort.run import on_cluster, one_by_one
 from ._cohort.slides import SlideState, find_slides, printable, state_of
+from ._cohort.wanted import WORK, Wanted
+from ._cohort.written import written
 
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
 
 __all__ = ["predict_cohort"]
-
-_WORK = ".hespotex"  # folder in `out` of what is not finished
-_CONTENT = 1  # of results; raised when the same slide, model and options give another result
-_DETERMINING = ("table_key", "shapes_key", "image_key", "mpp", "genes", "key_added")  # the result, but for the model's
 
 
 def predict_cohort(
@@ -75,11 +73,12 @@ def predict_cohort(
     Parameters
     ----------
     paths
-        Slides: image files and SpatialData stores. A folder stands for all slides in it and below.
+        Slides: image files and SpatialData stores. A folder stands for all slides in it and below; results of cohorts are
+        none.
     model
         The fitted model, or the folder it was saved to.
     out
-        Folder of the results; made if it is not there. One run at a time works on it.
+        Folder of the results; made if it is not there. One run at a time works on it. What is not a result stays as it is.
     client
         A ``dask.distributed.Client``: each of its workers takes a whole slide, with its own threads and device, and writes
         the result itself. Workers need slides and `out` under the same paths. Results are the same, those of networks
@@ -106,12 +105,13 @@ def predict_cohort(
     key_added
         Key of the prediction; the model's name by default.
     overwrite
-        Predict all slides again, in place of what is in `out`. If that is interrupted, the call without it goes on.
+        Predict all slides again, in place of the results in `out`; nothing else is replaced. If that is interrupted, the call
+        without it goes on.
     progress_bar
         The setting by default: over all slides and on each.
     log
-        File for a JSON line about each event (start, stage and end of each slide, with seconds), ``"-"`` for stderr, or a
-        function that takes each event as a mapping.
+        File to which a JSON line about each event is added (start, stage and end of each slide, with seconds), ``"-"`` for
+        stderr, or a function that takes each event as a mapping.
     options
         Settings of prediction that the model has, such as ``n_samples=50`` of a generative one.
 
@@ -137,8 +137,8 @@ def predict_cohort(
     MissingWeightsError
         If the encoder's weights are missing here.
     DataValueError
-        If `out` is in use by another run, or holds results of another model or other options. If `table_key`,
-        `shapes_key` or `image_key` is given and no slide is a store.
+        If `out` is in use by another run, holds results of another model or other options, or lies in a store that is read.
+        If `table_key`, `shapes_key` or `image_key` is given and no slide is a store.
     ModelMismatchError
         If the model predicts no slide but the section it was fitted on.
     OutputError
@@ -159,18 +159,22 @@ def predict_cohort(
     check_client(client)
     if format not in get_args(Format):
         raise DataValueError(f"format={format!r} is unknown; possible: {', '.join(map(repr, get_args(Format)))}")
-    if retries < 0:
-        raise DataValueError(f"retries={retries!r} must not be negative")
-    if batch_size is not None and batch_size < 1:
-        raise DataValueError(f"batch_size={batch_size!r} must be at least 1")
-    out = Path(out).absolute()
+    check_whole("retries", retries, 0)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+    if mpp is not None:
+        check_mpp(mpp)
+    if key_added is not None:
+        check_key(key_added)
+    out = check_folder(out)
     slides = find_slides(paths, but=out)
+    check_outside(out, slides)
     keys = {"table_key": table_key, "shapes_key": shapes_key, "image_key": image_key}
     _check_keys(keys, slides)
     fitted = _fitted(model, genes, options)
     if client is None:
         _check_here(fitted, slides, device, weights)
-    wanted = _Wanted(
+    wanted = Wanted(
         out=out,
         format=format,
         model=identify(fitted),
@@ -191,59 +195,25 @@ def predict_cohort(
     with locked(out), _bar(len(slides), shown=shown) as step:
         manifest = Manifest(out)
         _check_same(manifest, wanted)
-        work = _clean(out / _WORK)
+        work = _clean(out / WORK)
         tell("cohort_started", n_slides=len(slides), model=wanted.model, out=str(out))
-        queue = _queue(slides, manifest, wanted, tell, step)
-        try:
-            _save(manifest)
-            if client is None:
-                outcomes = one_by_one(queue, fitted, tell, progress_bar=shown)
-            else:
-                outcomes = on_cluster(queue, _kept(fitted, work, wanted.model), tell, client)
-            _follow(outcomes, queue, manifest, retries, tell, step)
-        finally:
-            _save_if_possible(manifest)  # an interruption may come between a result and the note of it
-            frame = manifest.frame(slides)
-            tell("cohort_finished", **{str(status): int(n) for status, n in frame["status"].value_counts().items()})
+        with _staging(work) as staging:
+            queue = _queue(slides, manifest, wanted, staging, tell, step)
+            try:
+                _save(manifest)
+                if client is None:
+                    outcomes = one_by_one(queue, fitted, tell, progress_bar=shown)
+                else:
+                    outcomes = on_cluster(queue, _kept(fitted, work, wanted.model), tell, client)
+                with closing(outcomes):  # also where a traceback, as in a notebook, keeps them alive
+                    _follow(outcomes, queue, manifest, retries, tell, step)
+            finally:
+                _save_if_possible(manifest)  # an interruption may come between a result and the note of it
+                frame = manifest.frame(slides)
+                tell("cohort_finished", **{str(status): int(n) for status, n in frame["status"].value_counts().items()})
         if not any(path.is_file() for path in (work / "slides").rglob("*")):  # nothing to go on with
             shutil.rmtree(work, ignore_errors=True)
     return frame
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What a result in the folder has to be made of."""
-
-    out: Path
-    format: Format
-    model: str
-    overwrite: bool
-    shared: dict[str, Any]
-
-    @property
-    def options(self) -> str:
-        """What else determines the numbers, for people and for comparison."""
-        determining = {name: self.shared[name] for name in _DETERMINING}
-        given = {name: value for name, value in (determining | self.shared["options"]).items() if value is not None}
-        return json.dumps(given | {"format": self.format}, sort_keys=True, default=str)
-
-    def identity(self, state: SlideState) -> str:
-        about = [state.size, state.mtime_ns, state.fingerprint, *([state.store] if state.store else [])]
-        return digest(_CONTENT, about, self.model, self.options)
-
-    def job(self, row: Row, path: Path, state: SlideState, *, replaces: bool) -> Job:
-        return Job(
-            slide=row.slide,
-            path=str(path),
-            output=str(self.out / row.output),
-            work=str(self.out / _WORK / "slides" / row.output),
-            staging=str(self.out / _WORK / "staging"),
-            identity=self.identity(state),
-            state=state,
-            replace=replaces,
-            format=self.format,
-            **self.shared,
-        )
 
 
 def _check_keys(keys: Mapping[str, str | None], slides: Sequence[Path]) -> None:
@@ -285,7 +255,7 @@ def _check_here(model: Model, slides: Sequence[Path], device: str | None, weight
     create(options.pop("name"), **options)
 
 
-def _check_same(manifest: Manifest, wanted: _Wanted) -> None:
+def _check_same(manifest: Manifest, wanted: Wanted) -> None:
     """Raise if the folder holds results of something else, as a mixture would serve nobody."""
     there = [row for row in manifest.rows.values() if row.status == "done" and (wanted.out / row.output).exists()]
     if any(Path(row.output).suffix != f".{wanted.format}" for row in there):
@@ -313,47 +283,74 @@ def _clean(work: Path) -> Path:
     return work
 
 
+@contextmanager
+def _staging(work: Path) -> Iterator[Path]:
+    """A folder for results that are being written, of this run alone: workers that outlive it find it gone."""
+    staging = work / "staging" / uuid.uuid4().hex
+    try:
+        staging.mkdir(parents=True)
+        (staging / RUNNING).touch()
+    except OSError as error:
+        raise OutputError(f"nothing can be written to {staging} ({error}); make room and call again") from error
+    try:
+        yield staging
+    finally:
+        _clean(work)
+
+
 def _queue(
-    slides: Sequence[Path], manifest: Manifest, wanted: _Wanted, tell: Callable[..., None], step: Callable[[], None]
+    slides: Sequence[Path],
+    manifest: Manifest,
+    wanted: Wanted,
+    staging: Path,
+    tell: Callable[..., None],
+    step: Callable[[], None],
 ) -> deque[Job]:
     """Jobs of all slides that are not done; the rows of the others are brought up to date."""
+    states = {slide: _state_or_failure(slide) for slide in slides}
+    results = {slide: wanted.result(slide, state) for slide, state in states.items() if isinstance(state, SlideState)}
+    name_outputs(manifest, wanted.out, f".{wanted.format}", slides, results)
     queue: deque[Job] = deque()
-    for slide in slides:
-        known = printable(slide) in manifest.rows
-        row = manifest.row(slide, f".{wanted.format}")
-        try:
-            state = state_of(slide)
-        except OSError as error:
-            _failed(row, failure(error, "read"), wanted, tell)
+    for slide, state in states.items():
+        row = manifest.rows[printable(slide)]
+        if isinstance(state, Outcome):
+            _failed(row, state, wanted, tell)
             step()
             continue
-        output = wanted.out / row.output
-        written = written_identity(output)
-        if written == wanted.identity(state) and not wanted.overwrite:
-            if row.status != "done":  # the run was killed between the result and the note of it
-                n_tiles, n_genes = written_sizes(output)
-                row.status, row.n_tiles, row.n_genes, row.attempts = "done", n_tiles, n_genes, max(row.attempts, 1)
-                row.error = row.message = ""
+        result = results[slide]
+        there = written(wanted.out / row.output)
+        if there and there.identity == result.identity and not wanted.overwrite:
+            if (row.status, row.identity) != ("done", there.identity):  # the run was killed before the note of it
+                row.status, row.identity, row.error, row.message = "done", there.identity, "", ""
+                row.n_tiles, row.n_genes, row.attempts = there.n_tiles, there.n_genes, max(row.attempts, 1)
                 _describe(row, wanted, state)
             tell("slide_kept", slide=row.slide, output=row.output)
             step()
             continue
-        ours = known and written is not None  # made by an earlier run for this slide, before it changed
+        # Made for this slide, before it changed; a result of another one may bear the name just as well.
+        ours = there is not None and (there.identity == row.identity or there.but_for_time() == result.but_for_time())
         if ours and not wanted.overwrite:
             logger.warning("%s is predicted again, as it has changed", row.slide)
         row.status = "pending"
         _describe(row, wanted, state)
-        queue.append(wanted.job(row, slide, state, replaces=ours or wanted.overwrite))
+        queue.append(wanted.job(row, slide, result, staging, replaces=ours or wanted.overwrite))
     return queue
 
 
-def _describe(row: Row, wanted: _Wanted, state: SlideState) -> None:
-    row.model, row.options, row.identity = wanted.model, wanted.options, wanted.identity(state)
+def _state_or_failure(slide: Path) -> SlideState | Outcome:
+    try:
+        return state_of(slide)
+    except (OSError, DataValueError) as error:
+        return failure(error, "read")
+
+
+def _describe(row: Row, wanted: Wanted, state: SlideState) -> None:
+    row.model, row.options = wanted.model, wanted.options
     row.size, row.mtime_ns, row.fingerprint = state.size, state.mtime_ns, state.fingerprint
     row.hespotex_version = __version__
 
 
-def _failed(row: Row, outcome: Outcome, wanted: _Wanted, tell: Callable[..., None]) -> None:
+def _failed(row: Row, outcome: Outcome, wanted: Wanted, tell: Callable[..., None]) -> None:
     """A slide that cannot even be looked at."""
     row.status, row.error, row.message = "failed", outcome.error, outcome.message
     row.model, row.options, row.hespotex_version = wanted.model, wanted.options, __version__
@@ -393,7 +390,8 @@ def _follow(
         row.finished = _now()
         again = False
         if not outcome.error:
-            row.status, row.n_tiles, row.n_genes = "done", outcome.n_tiles, outcome.n_genes
+            row.status, row.identity = "done", job.result.identity
+            row.n_tiles, row.n_genes = outcome.n_tiles, outcome.n_genes
             about = {"seconds": round(row.seconds, 3), "n_tiles": row.n_tiles, "warnings": row.warnings}
             tell("slide_done", slide=row.slide, output=row.output, **about)
             shutil.rmtree(job.work, ignore_errors=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..._files import replacing
-from ..._keys import sanitize
 from ..._logging import logger
+from ...errors import DataValueError
 from .slides import printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ _NAME = "manifest.parquet"
 class Row:
     """What became of a slide.
 
-    ``pending`` is a slide that was not begun, or whose work was cut off; the next run goes on with it.
+    ``pending`` is a slide that was not begun, or whose work was cut off; the next run goes on with it. `identity` is that of
+    the last result that was finished.
     """
 
     slide: str
@@ -62,16 +63,6 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self._path = folder / _NAME
         self.rows: dict[str, Row] = {row.slide: row for row in _read(self._path)}
-
-    def row(self, slide: Path, suffix: str) -> Row:
-        """The row of `slide`, a new one if it has none: its result is named after it, with a number if need be."""
-        name = printable(slide)
-        if name not in self.rows or not self.rows[name].output.endswith(suffix):
-            taken = {row.output.casefold() for row in self.rows.values()}
-            stem = sanitize(slide.name.removesuffix(slide.suffix))
-            outputs = (f"{stem}{number}{suffix}" for number in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
-            self.rows[name] = Row(name, next(output for output in outputs if output.casefold() not in taken))
-        return self.rows[name]
 
     def save(self) -> None:
         """Write the table; it is the old or the new one, never a part."""
@@ -109,17 +100,27 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _read(path: Path) -> list[Row]:
-    """The rows of an earlier run; of a damaged file none, as the results themselves say what they are."""
+    """The rows of an earlier run; of a damaged file none, as the results themselves say what they are.
+
+    Raises
+    ------
+    DataValueError
+        If it is another table, which must not be replaced.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     if not path.exists():
         return []
     try:
-        found = parquet.read_table(path, schema=_schema()).to_pylist()
+        table = parquet.read_table(path)
+        ours = {"slide", "output", "identity"} <= {*table.column_names}
+        found = table.cast(_schema()).to_pylist() if ours else []
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         logger.warning("ignoring %s, which cannot be read: %s", path, error)
         return []
+    if not ours:
+        raise DataValueError(f"out={str(path.parent)!r} holds a {_NAME} of something else; name another folder")
     rows = []
     for values in found:
         stages = {stage: values.pop(f"seconds_{stage}") for stage in STAGES}

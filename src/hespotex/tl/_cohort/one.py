@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,8 @@ from ...errors import DataValueError, HespotexError, HespotexWarning, WorkerErro
 from ...io._open import has_elements, open_slide
 from ...pp._make_tiles import check_holds_a_tile
 from .._predict import predict
-from .slides import SlideState, printable
+from .slides import printable
+from .written import Written, written
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -33,11 +34,10 @@ if TYPE_CHECKING:
     from ...data.geometry import Slide
     from ...models import Model
 
-__all__ = ["Format", "Job", "Outcome", "failure", "predict_slide", "written_identity", "written_sizes"]
+__all__ = ["RUNNING", "Format", "Job", "Outcome", "failure", "predict_slide"]
 
 Format = Literal["zarr", "h5ad"]
-COHORT = "cohort"  # uns["hespotex"] or attrs["hespotex"] of a result: of what it is the result
-SLIDE = "slide"  # beside it: the slide it belongs to
+RUNNING = "running"  # in the staging folder
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # would meet every other slide, too
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENETDOWN}
@@ -55,13 +55,12 @@ class Job:
     path, output
         Where the slide is, and its result.
     work, staging
-        Folders for partial results of this slide, and for results that are being written, on the disk of `output`.
-    identity
-        Digest of slide, model and options, kept in the result.
-    state
-        The slide as it was when the job was made.
+        Folders for partial results of this slide, and for results that are being written, on the disk of `output`. The
+        latter holds `RUNNING` as long as the run goes on.
+    result
+        What the result will say of itself, but for its size.
     replace
-        Whether what is at `output` may be replaced.
+        Whether a result of another slide, model or options at `output` may be replaced; what is no result never is.
     table_key, shapes_key, image_key
         What to predict for in a store.
     """
@@ -71,8 +70,7 @@ class Job:
     output: str
     work: str
     staging: str
-    identity: str
-    state: SlideState
+    result: Written
     replace: bool
     format: Format
     table_key: str | None = None
@@ -131,6 +129,7 @@ def predict_slide(job: Job, model: Model, tell: Callable[..., None], *, progress
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         stage[0] = name
+        _check_running(job)
         start = perf_counter()
         try:
             yield
@@ -187,8 +186,8 @@ def _do(job: Job, model: Model, timed: Callable[[str], Any], outcome: Outcome) -
     recipe = model.recipe
     assert recipe is not None  # looked at before any slide is
     path = Path(job.path)
-    if _is_there(job):  # by a worker that died before it could say so
-        outcome.n_tiles, outcome.n_genes = written_sizes(Path(job.output))
+    if there := _is_there(job):  # by a worker that died before it could say so
+        outcome.n_tiles, outcome.n_genes = there.n_tiles, there.n_genes
         return
     is_file = not has_elements(path)
     with timed("read"):
@@ -249,8 +248,8 @@ def _entries(sdata: SpatialData, key: str) -> dict[str, Any]:
     return {name: table.uns.get(Keys.NAMESPACE, {}).get(key) for name, table in sdata.tables.items()}
 
 
-def _is_there(job: Job) -> bool:
-    """Whether the result is there already.
+def _is_there(job: Job) -> Written | None:
+    """What the result says of itself, if it is there already.
 
     Raises
     ------
@@ -258,30 +257,35 @@ def _is_there(job: Job) -> bool:
         If something else is, which must not be replaced.
     """
     output = Path(job.output)
-    if job.replace or not output.exists():
-        return False
-    if written_identity(output) == job.identity:
-        return True
+    if not os.path.lexists(output):
+        return None
+    found = written(output)
+    if found is not None and job.replace:
+        return None
+    if found is not None and found.identity == job.result.identity:
+        return found
+    remedy = "move it away, or name another folder"
     raise DataValueError(
-        f"{output} exists and is no result of this slide, model and options; move it away, or replace it with "
-        "overwrite=True"
+        f"{output} exists and is no result of this slide, model and options; "
+        + (
+            f"nothing but results is replaced: {remedy}"
+            if found is None
+            else f"{remedy}, or replace it with overwrite=True"
+        )
     )
 
 
+def _check_running(job: Job) -> None:
+    """Raise in a worker that has outlived the run that it works for: the folder may be another run's by now."""
+    if not (Path(job.staging) / RUNNING).exists():
+        raise WorkerError(f"the run that asked for {job.output} has ended")
+
+
 def _write(sdata: SpatialData, key: str, table_key: str, slide: Slide, job: Job, outcome: Outcome) -> None:
-    about = {
-        SLIDE: {
-            "file": Path(job.slide).name,
-            "size": job.state.size,
-            "fingerprint": job.state.fingerprint,
-            "mpp": float(slide.mpp),
-            "shape": [int(side) for side in slide.shape],
-        },
-        COHORT: {"identity": job.identity, "n_tiles": outcome.n_tiles, "n_genes": outcome.n_genes},
-    }
+    result = replace(job.result, n_tiles=outcome.n_tiles, n_genes=outcome.n_genes)
+    about = result.entries({"mpp": float(slide.mpp), "shape": [int(side) for side in slide.shape]})
     output = Path(job.output)
     staged = Path(job.staging) / f"{uuid.uuid4().hex}{output.suffix}"
-    staged.parent.mkdir(parents=True, exist_ok=True)
     try:
         if job.format == "zarr":
             _without_pixels(sdata, about).write(staged)
@@ -291,6 +295,7 @@ def _write(sdata: SpatialData, key: str, table_key: str, slide: Slide, job: Job,
             adata = prediction(sdata, key, table_key=table_key)
             adata.uns[Keys.NAMESPACE] |= about
             adata.write_h5ad(staged)
+        _check_running(job)
         if not _is_there(job):  # if it is, another worker, taken for dead, was faster
             publish(staged, output)
     finally:
@@ -317,32 +322,3 @@ def _without_pixels(sdata: SpatialData, about: Mapping[str, Any]) -> SpatialData
 
 def _listed(region: Any) -> list[str]:
     return [region] if isinstance(region, str) else list(region)
-
-
-def written_identity(output: Path) -> str | None:
-    """Of what `output` is the result; ``None`` if it is no result of a cohort."""
-    return _entry(output).get("identity")
-
-
-def written_sizes(output: Path) -> tuple[int, int]:
-    """Tiles and genes of a result."""
-    entry = _entry(output)
-    return int(entry.get("n_tiles", 0)), int(entry.get("n_genes", 0))
-
-
-def _entry(output: Path) -> dict[str, Any]:
-    try:
-        if output.is_dir():
-            root = json.loads((output / "zarr.json").read_text())
-            return dict(root["attributes"][Keys.NAMESPACE][COHORT])
-        import h5py
-
-        with h5py.File(output, "r") as file:
-            group = file[f"uns/{Keys.NAMESPACE}/{COHORT}"]
-            return {name: _plain(group[name][()]) for name in group}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _plain(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value

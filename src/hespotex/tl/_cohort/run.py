@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ _AT_A_TIME = threading.Lock()  # settings belong to a process, and a slide has i
 
 def one_by_one(
     queue: deque[Job], model: Model, tell: Callable[..., None], *, progress_bar: bool
-) -> Iterator[tuple[Job, Outcome]]:
+) -> Generator[tuple[Job, Outcome], None, None]:
     """Do the jobs of `queue` here; the caller may add to it meanwhile."""
     while queue:
         job = queue.popleft()
@@ -39,7 +39,7 @@ def one_by_one(
 
 def on_cluster(
     queue: deque[Job], model: Path, tell: Callable[..., None], client: Client
-) -> Iterator[tuple[Job, Outcome]]:
+) -> Generator[tuple[Job, Outcome], None, None]:
     """Do the jobs of `queue` on the workers, a slide per worker at a time, in the order in which they finish.
 
     Parameters
