@@ -125,7 +125,8 @@ def create(name: str, **params: Any) -> Encoder:
     if architecture:
         params = {kind.info.argument: architecture, **params}
     known = inspect.signature(kind).parameters
-    if unknown := [option for option in params if option not in known]:
+    unknown = [option for option in params if option not in known]
+    if unknown and all(parameter.kind != parameter.VAR_KEYWORD for parameter in known.values()):
         raise DataTypeError(
             f"encoder {name!r} has no option {', '.join(f'{option}=' for option in unknown)}; it has "
             f"{', '.join(f'{option}=' for option in known if option != kind.info.argument)}"

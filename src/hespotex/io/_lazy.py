@@ -101,6 +101,7 @@ def places_of(adata: AnnData) -> set[Path]:
 
 def _places(value: Any) -> Iterator[Path]:
     """Places of all zarr arrays and groups in a matrix, a dask graph or a part of one."""
+    from dask._task_spec import DataNode, Task
     from zarr.storage import LocalStore
 
     origin = getattr(value, "group", value)  # anndata's matrices hold the group they lie in
@@ -117,8 +118,10 @@ def _places(value: Any) -> Iterator[Path]:
         yield from _places((value.func, value.args, value.keywords))
     elif hasattr(value, "dask"):
         yield from _places(dict(value.dask))
-    elif hasattr(value, "args"):  # a task of dask, whose function may be a partial one
-        yield from _places((getattr(value, "func", None), value.args, getattr(value, "kwargs", {})))
+    elif isinstance(value, Task):
+        yield from _places((value.func, value.args, value.kwargs))
+    elif isinstance(value, DataNode):
+        yield from _places(value.value)
 
 
 def _table(group: Any) -> AnnData:
