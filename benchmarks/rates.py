@@ -11,7 +11,7 @@ embed     ``hx.pp.embed`` from the file; the encoder has every source tile decod
 loop      ``openslide.read_region`` for each tile and the same encoder, in batches
 lazyslide ``lazyslide.tl.feature_extraction`` with the same network on the same tiles
 
-Each is run several times and the fastest counts, as other load only ever slows one down. With ``HESPOTEX_DATA`` set, MobileNet has its
+Each is run several times, in turns, and the fastest counts, as other load only ever slows one down. With ``HESPOTEX_DATA`` set, MobileNet has its
 ImageNet weights; other networks have random ones, which changes no rate. On a machine with a GPU, ``--gpu`` measures ViT-B/32, ViT-L/16, ViT-H/14 and
 ViT-g/14 in bfloat16 on it.
 """
@@ -52,7 +52,7 @@ GPU_CASES = {
     "ViT-H/14, bf16": ("timm:vit_huge_patch14_224", "bfloat16"),
     "ViT-g/14, bf16": ("timm:vit_giant_patch14_224", "bfloat16"),
 }
-FEW_TILES = {"ViT-B/32": 512, "ViT-S/16": 512}  # of networks that take a minute for more
+FEW_TILES = {"ViT-B/32": 320, "ViT-S/16": 320}  # of networks that take a minute for more
 
 
 def weights_of(name: str, folder: Path, data: Path | None) -> dict[str, Any]:
@@ -86,14 +86,15 @@ def mean_colour(tiles: np.ndarray) -> np.ndarray:
     return tiles[:, ::8, ::8].mean(axis=(1, 2))
 
 
-def fastest(function: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of several runs."""
-    times = []
+def fastest(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest run of each function; they take turns, so that all meet the same load."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(each) for name, each in times.items()}
 
 
 def measure(path: Path, case: str, folder: Path, data: Path | None, repeats: int, device: str) -> dict[str, Any]:
@@ -154,30 +155,21 @@ def measure(path: Path, case: str, folder: Path, data: Path | None, repeats: int
             for _ in iter_blocks(slide, mpp=grid.mpp, progress_bar=False):
                 pass
 
-        n_forward = n_decode = len(centres)
     else:
-        batches = []
-        for batch in iter_tiles(
-            slide, centres[:256], tile_um=TILE_UM, tile_px=encoder.tile_px, batch_size=BATCH, progress_bar=False
-        ):
-            batches.append(batch.pixels)
+        reading = {"tile_um": TILE_UM, "tile_px": encoder.tile_px, "batch_size": BATCH, "progress_bar": False}
+        batches = [batch.pixels for batch in iter_tiles(slide, centres, **reading)]
 
         def forward() -> None:
             for pixels in batches:
                 encoder.encode(pixels, device)
 
         def decode() -> None:
-            for _ in iter_tiles(
-                slide, centres, tile_um=TILE_UM, tile_px=encoder.tile_px, batch_size=BATCH, progress_bar=False
-            ):
+            for _ in iter_tiles(slide, centres, **reading):
                 pass
 
-        n_forward, n_decode = sum(map(len, batches)), len(centres)
-
     forward()  # wakes what compiles or allocates at first use
-    row["forward"] = n_forward / fastest(forward, repeats)
-    row["decode"] = n_decode / fastest(decode, repeats)
-    row["embed"] = len(centres) / fastest(embed, repeats)
+    seconds = fastest({"forward": forward, "decode": decode, "embed": embed}, repeats)
+    row |= {name: len(centres) / each for name, each in seconds.items()}
     if name != "morphology":
         row["loop"] = loop(path, centres, slide.mpp, encoder, device)
         if dtype == "float32" and ":" in name:
